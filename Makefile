@@ -1,0 +1,79 @@
+# Everything a person or CI runs. `make` alone lists the targets; each one sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format compile lock minio clean
+
+UV_VERSION := 0.13.8
+PYTHONS := >=3.11,<3.15
+MINIO_VERSION := v0.0.0-20260212201848-7aac2a2c5b7c
+MINIO := .tools/bin/minio
+
+# A pyenv shim answers `command -v` for a uv that cannot start, so it is asked for its version.
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/uv/bin/uv)
+PY := .venv/bin/python
+READY := .venv/.ready
+COMPILE = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --quiet
+
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with the locked packages (minutes the first time, instant afterwards)
+	@echo "ready: .venv/bin/distillery"
+
+demo: $(READY) ## run the compiled pipeline on real data on this machine; ends with a leaderboard and a report
+	@$(PY) -m pipelines.demo
+
+test: $(READY) ## run the quick tests; ARGS="-m slow" or ARGS=tests/test_data.py chooses others
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(READY) ## check style, format and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(READY) ## rewrite the sources in the project's format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+compile: $(READY) ## compile the pipelines to the committed YAML
+	@$(PY) -m pipelines.compile
+
+lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
+	@$(COMPILE) --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
+	@$(COMPILE) --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
+
+minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go; about 6 minutes once)
+
+clean: ## remove caches and .venv; runs/ and .tools/ stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist local_outputs
+	@find . -name __pycache__ -type d -not -path './.tools/*' -prune -exec rm -rf {} +
+
+$(READY): requirements-dev.txt pyproject.toml | $(UV)
+	@test -x $(PY) || $(UV) venv --quiet --allow-existing --python '$(PYTHONS)' .venv
+	@$(UV) pip sync --python $(PY) --require-hashes requirements-dev.txt
+	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# A venv of its own suits Pythons managed by a distribution; --target suits those that ship without venv.
+.tools/uv/bin/uv:
+	@echo "uv $(UV_VERSION) is not installed: fetching it into .tools/uv" >&2
+	@export PIP_USER=0 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	rm -rf .tools/uv; \
+	if python3 -m venv .tools/uv >/dev/null 2>&1; then \
+	  .tools/uv/bin/python -m pip install --quiet uv==$(UV_VERSION); \
+	elif rm -rf .tools/uv; python3 -m pip --version >/dev/null 2>&1; then \
+	  python3 -m pip install --quiet --target .tools/uv uv==$(UV_VERSION); \
+	else \
+	  echo "make: python3 has neither venv nor pip; install python3-venv (or uv itself) and run make again" >&2; exit 2; \
+	fi
+
+$(MINIO):
+	@go version >/dev/null 2>&1 || { echo "make: building MinIO needs Go 1.24 or newer on PATH; the tests use Swift without it" >&2; exit 2; }
+	@echo "building MinIO $(MINIO_VERSION): about 6 minutes on 2 cores the first time" >&2
+	@mkdir -p $(@D)
+	@GOBIN=$(CURDIR)/$(@D) go install github.com/minio/minio@$(MINIO_VERSION)

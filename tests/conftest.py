@@ -1,0 +1,36 @@
+"""What every test starts from: a scrubbed environment, loopback only, two threads."""
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+# Before anything reads it, and for child processes too: a developer's keys and settings never reach a test.
+SCRUBBED = ("AWS_", "DISTILLERY_", "MINIO_", "KFP_", "_KFP_")
+for _name in [name for name in os.environ if name.startswith(SCRUBBED)]:
+    del os.environ[_name]
+os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest  # noqa: E402 - the environment comes first
+import torch  # noqa: E402 - the environment comes first
+
+# More threads than cores cost time, and the order of additions (so the last bit) depends on their number.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuse connections to any machine but this one, as an unplugged cable would."""
+    if request.node.get_closest_marker("cluster") or request.node.get_closest_marker("containers"):
+        yield
+        return
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            raise ConnectionRefusedError(f"a quick test tried to reach {address[0]}:{address[1]}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    yield
