@@ -1,0 +1,133 @@
+"""The command line: check, plan, run, inspect, methods. Exit status 0 done, 1 failed, 2 the user's mistake."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from distillery.errors import DistilleryError
+
+app = typer.Typer(
+    help="Dataset distillation: real images in, a few synthetic images per class with soft labels out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+Source = Annotated[
+    str, typer.Argument(metavar="EXPERIMENT", help="YAML file, file:// or s3:// URI, or a shipped name.")
+]
+
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, for example dataset.root=data/cifar10."),
+]
+
+
+class Log(enum.StrEnum):
+    """How progress is written to standard error."""
+
+    plain = "plain"
+    quiet = "quiet"
+    json = "json"
+
+
+@app.command()
+def check(source: Source, changes: Changes = None) -> None:
+    """Validate an experiment: every key, name and value, before anything is started."""
+    from distillery import experiment
+
+    cells = experiment.check(experiment.override(source, changes or []))
+    typer.echo(f"{cells[0].name}: valid; {len(cells)} cells, {len(cells[0].students)} students each")
+
+
+@app.command()
+def plan(
+    source: Source,
+    changes: Changes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as the pipeline receives them.")] = False,
+) -> None:
+    """Print the cells and an estimate of time, memory and bytes on this machine."""
+    from distillery import estimate, experiment, steps
+
+    source = experiment.override(source, changes or [])
+    cells = steps.plan(source)
+    typer.echo(json.dumps(cells, indent=1) if as_json else estimate.table(source))
+
+
+@app.command()
+def run(
+    source: Source,
+    out: Annotated[str, typer.Option(help="Output folder, or file:// or s3:// URI; an earlier run there continues.")],
+    changes: Changes = None,
+    log: Annotated[Log | None, typer.Option(help="plain (default), quiet, or json lines for pods.")] = None,
+) -> None:
+    """Run an experiment to its report; start it again after any interruption and it continues."""
+    from distillery import experiment, steps
+    from distillery import run as runner
+
+    if log is not None:
+        os.environ["DISTILLERY_LOG"] = log.value
+    done = runner.run(experiment.override(source, changes or []), out)
+    typer.echo((done.report / "report.md").read_text(encoding="utf-8"))
+    typer.echo(f"report: {done.uri}/report.html")
+    steps.verdict(done.failures)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="An artifact folder, or its file:// or s3:// URI.")],
+) -> None:
+    """Check an artifact's files against its manifest and say what it is."""
+    from distillery import inspection
+
+    typer.echo(inspection.describe(folder))
+
+
+@app.command()
+def methods(
+    name: Annotated[str, typer.Argument(help="One method, with its options.")] = "",
+) -> None:
+    """List the methods, or one method's options with their defaults."""
+    from distillery import inspection
+
+    typer.echo(inspection.method(name) if name else inspection.methods())
+
+
+def main() -> None:
+    """Entry point: turns errors raised on purpose into one message and an exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.exit_code
+    except typer.Abort:
+        status = 130
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to continue where it stopped", file=sys.stderr)
+        status = 130
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{place}; free space or choose another folder, then start again",
+            file=sys.stderr,
+        )
+        status = 1
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        status = error.exit_code
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

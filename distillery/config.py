@@ -1,0 +1,312 @@
+"""The values people write: frozen pydantic models, strict, with errors that name the key's path.
+
+Imports no other part of the library but its errors. Names of data sets, nets, methods and presets are checked in
+`experiment.py`, which knows the registries.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from distillery.errors import UserError, choices, nearest
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**53)]  # numbers travel as JSON doubles on KFP
+
+
+def _none_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (0, 3):
+        raise ValueError(f"expected three numbers, one per channel, got {len(values)}")
+    return values
+
+
+PerChannel = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], AfterValidator(_none_or_three)]
+PositivePerChannel = Annotated[tuple[Positive, ...], AfterValidator(_none_or_three)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Scalar = bool | int | float | str
+Json = Scalar | list[Any] | dict[str, Any]
+
+
+class Strict(BaseModel):
+    """Base of every configuration model: immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Options(Strict):
+    """Base of a method's `Config`."""
+
+
+class DatasetConfig(Strict):
+    """Which real images, and where they are."""
+
+    name: str
+    root: str = ""  # folder in torchvision's layout, s3:// prefix, or "" for the cache
+    download: bool = False  # let torchvision fetch the set, with its checksums
+    size: Annotated[int, Field(ge=0, le=1024)] = 0  # pixels; 0 = the data set's own
+    per_class: Whole = 0  # the first n training images of each class; 0 = all
+    on_unreadable: Literal["fail", "skip"] = "fail"
+    max_unreadable: Whole = 10
+    store: str = ""  # URI: photo shards are published there and only referenced
+
+
+class TeacherConfig(Strict):
+    """The network that scores, selects and labels; trained here or given."""
+
+    net: str = "convnet3"
+    net_options: dict[str, Scalar] = {}
+    weights: str = ""  # safetensors path or URI, or torchvision:NAME; "" = train it here
+    classes: tuple[str, ...] = ()  # class order of given weights; () = the data set's
+    mean: PerChannel = ()  # normalisation of given weights; () = the data set's
+    std: PositivePerChannel = ()
+    seed: Seed = 0
+    epochs: Count = 12
+    batch: Count = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.2
+    momentum: Fraction = 0.9
+    weight_decay: Weight = 5e-4
+    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    warmup: Fraction = 0.2  # share of the steps spent rising to lr
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    crop_pad: Whole = 4  # zero padding of the random crop (tensors up to 64 px)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # area of the random resized crop (photos)
+    flip: Fraction = 0.5
+    stop_at: Fraction = 0.0  # stop once validation accuracy reaches this; 0 = never
+    min_accuracy: Fraction = 0.0  # gate: below this nothing is spent on synthesis
+    expected_accuracy: Fraction = 0.0  # gate for given weights: within `tolerance` of this
+    tolerance: Fraction = 0.003
+
+
+class ViewPolicy(Strict):
+    """How one augmented view of an image is drawn; the same law for teacher and student."""
+
+    crop: Literal["none", "pad", "rrc"] = "none"
+    crop_pad: Whole = 4
+    crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
+    crop_ratio: tuple[Positive, Positive] = (0.75, 4.0 / 3.0)
+    flip: Fraction = 0.5
+    shuffle_patches: Count = 1  # strips per axis permuted (RDED); 1 = off
+    randaugment_n: Whole = 0
+    randaugment_m: Weight = 0.0
+    dsa: str = ""  # for example color_crop_cutout_flip_scale_rotate
+    mix: Literal["none", "cutmix", "mixup"] = "none"
+    mix_alpha: Positive = 1.0
+
+
+class Recipe(Strict):
+    """How a student is trained and with which labels."""
+
+    name: str
+    regime: Literal["soft", "hard"] = "soft"
+    epochs: Count = 300
+    batch: Count = 50
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    momentum: Fraction = 0.9
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Weight = 0.01
+    decay_filter: Literal["all", "matrices"] = "all"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    zeta: Positive = 1.0  # cosine over zeta times the run: 2 ends at half the lr
+    warmup_epochs: Whole = 0
+    step_at: tuple[Fraction, ...] = ()  # shares of the run
+    step_gamma: Positive = 0.1
+    loss: Literal["kl", "mse_ce", "ce"] = "kl"
+    temperature: Positive = 20.0
+    kl_t2: bool = False  # multiply the KL by temperature squared
+    ce_weight: Weight = 0.0  # gamma of MSE + gamma CE
+    teacher_mode: Literal["eval", "bssl", "train"] = "eval"
+    bn_momentum: Fraction = 0.1
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    views: ViewPolicy = ViewPolicy()
+    evaluate_every: Whole = 0  # epochs; 0 = a sparse curve and six in the last fifth
+
+
+class LabelConfig(Strict):
+    """Where the soft labels are made: beside the student, or beforehand."""
+
+    mode: Literal["on_the_fly", "stored"] = "on_the_fly"
+    top_k: Whole = 0  # stored only: logits kept per view; 0 = all
+
+
+class StudentChoice(Strict):
+    """A student as written in an experiment: a preset's name, or `{preset: NAME, key: value}`."""
+
+    net: str
+    net_options: dict[str, Scalar] = {}
+    recipe: str | dict[str, Any] = "fair-soft"
+
+
+class MethodChoice(Strict):
+    """Cells of one method: every ipc with every seed."""
+
+    method: str
+    ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    options: dict[str, Any] = {}
+
+
+class Student(Strict):
+    """A student with its recipe resolved."""
+
+    net: str
+    net_options: dict[str, Scalar] = {}
+    recipe: Recipe
+
+
+class Cell(Strict):
+    """One distillation: a method, an IPC and a seed, with everything that can change its numbers."""
+
+    id: str
+    name: str
+    dataset: DatasetConfig
+    teacher: TeacherConfig
+    method: str
+    ipc: Count
+    seed: Seed
+    options: dict[str, Any]
+    labels: LabelConfig
+    students: tuple[Student, ...]
+    device: str
+    precision: str
+    code_version: str
+    stop_on_failure: bool
+    cpu: str
+    memory: str
+    gpus: str
+
+
+class Experiment(Strict):
+    """What is compared: data, teacher, methods, students."""
+
+    name: Name
+    dataset: DatasetConfig
+    teacher: TeacherConfig = TeacherConfig()
+    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)]
+    students: Annotated[tuple[StudentChoice, ...], Field(min_length=1)]
+    labels: LabelConfig = LabelConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    stop_on_failure: bool = False
+    profile: str = "cpu"  # hardware profile of the cells' resource requests
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _NoDuplicates(yaml.SafeLoader):  # type: ignore[misc,unused-ignore] - PyYAML may come without types
+    """YAML that refuses a key written twice (PyYAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = (key_node.tag, key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.value))
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key[1]!r} is written twice; keep one")
+            seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text.
+
+    Raises:
+        UserError: not YAML, not a mapping, or a key twice; `where` names the source.
+    """
+    try:
+        data = yaml.load(text, _NoDuplicates)  # noqa: S506 - a SafeLoader
+        data = json.loads(json.dumps(data, default=str))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        raise UserError(f"{where}: not readable as YAML: {str(error)[:500]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a mapping of keys such as name and dataset, got {_short(data)}")
+    return data
+
+
+def parse(model: type[M], data: dict[str, Any], where: str) -> M:
+    """Validate a plain mapping strictly.
+
+    Args:
+        model: the model to build.
+        data: JSON-like values; whole floats are taken as integers where an integer is expected, because KFP sends
+            every number inside a dict as a float.
+        where: names the source in errors.
+
+    Raises:
+        UserError: one line per fault: key path, value, what is allowed, nearest known key.
+    """
+    try:
+        return model.model_validate_json(json.dumps(_whole_numbers(data)))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, pydantic.ValidationError):
+            raise UserError(f"{where}: {error}") from error
+        lines = [_explain(model, fault) for fault in _roots(error.errors(include_url=False))[:8]]
+        raise UserError(f"{where}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)) from error
+
+
+def plain(model: BaseModel) -> dict[str, Any]:
+    """The model as JSON values (what manifests and cells carry)."""
+    data: dict[str, Any] = model.model_dump(mode="json")
+    return data
+
+
+def _whole_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _whole_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(v) for v in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def _roots(faults: list[Any]) -> list[Any]:
+    """Without the faults that only say that something inside them is at fault."""
+    paths = [fault["loc"] for fault in faults]
+    return [f for f in faults if not any(len(p) > len(f["loc"]) and p[: len(f["loc"])] == f["loc"] for p in paths)]
+
+
+def _explain(model: type[BaseModel], fault: Any) -> str:
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault["loc"]).lstrip(".") or "(top)"
+    value = _short(fault.get("input"))
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, fault["loc"][:-1])
+        return f"{place}: unknown key{nearest(fault['loc'][-1], known)}; known keys: {choices(known)}"
+    if fault["type"] == "missing":
+        return f"{place}: required and not given"
+    return f"{place}: {fault['msg']}, got {value}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that a fault's path leads to."""
+    kind: Any = model
+    for part in path:
+        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            found = kind.model_fields.get(part)
+            kind = found.annotation if found else kind
+        kind = _model_in(kind) or kind
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next((found for arg in get_args(kind) if (found := _model_in(arg))), None)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

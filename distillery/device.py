@@ -1,0 +1,105 @@
+"""Where the arithmetic happens: device, precision and memory layout, chosen once and said aloud."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import platform
+import sys
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from distillery.errors import UserError, choices
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+Net = TypeVar("Net", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the precision of its matrix work; parameters, pixels and optimisers stay fp32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast to `dtype` for convolutions and matrix products; nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def place(self, net: Net) -> Net:
+        """The net on the device in channels-last layout (what fast convolutions read)."""
+        return net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W] of any dtype on the device, channels last."""
+        return x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+
+    @property
+    def precision(self) -> str:
+        """The name used in experiments: fp32 or bf16."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Compute:
+    """Resolve device and precision.
+
+    Args:
+        device: auto (CUDA when present), cpu or cuda.
+        precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.
+
+    Raises:
+        UserError: unknown name, or CUDA asked for and absent. It never falls back silently.
+    """
+    if device not in DEVICES:
+        raise UserError(f"device: {device!r} is not one of {choices(DEVICES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not one of {choices(PRECISIONS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device: 'cuda' was asked for, but this torch ({torch.__version__}) sees no CUDA device; request a GPU "
+            "for this step, check the driver with nvidia-smi, or set device: auto to accept the CPU"
+        )
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cpu":
+        _keep_freed_memory()
+    wanted = ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
+    return Compute(torch.device(kind), torch.bfloat16 if wanted == "bf16" else torch.float32)
+
+
+def hardware(compute: Compute) -> str:
+    """One line that says what the work ran on."""
+    if compute.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(compute.device)}, {compute.precision}"
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads, {compute.precision}"
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Stop glibc from returning large blocks to the kernel after every operation.
+
+    Activations are freed and allocated again thousands of times; with glibc's defaults each time is a mapping whose
+    pages fault in anew, which costs up to half of a ConvNet's training step. Changes no numbers.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()

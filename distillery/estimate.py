@@ -1,0 +1,111 @@
+"""What an experiment will cost on this machine: images through nets, seconds, memory, bytes; printed by `plan`.
+
+Speeds are measured, not assumed: a few small batches of each net on the chosen device, about a second each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from distillery import console, experiment, labels, methods, nets
+from distillery.config import Cell, Experiment
+from distillery.data import DATASETS
+from distillery.device import Compute, choose, hardware
+
+PROBE = 32  # images per measured batch
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second of one net: forward only, and forward with backward."""
+
+    forward: float
+    training: float
+
+
+def table(source: str) -> str:
+    """The cells with seconds, label bytes and image bytes, and the totals."""
+    wanted = experiment.load(source)
+    compute, cells = choose(wanted.device, wanted.precision), experiment.cells(wanted)
+    info = DATASETS[wanted.dataset.name]
+    size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
+    speeds = _speeds(wanted, classes, size, compute)
+    teacher_seconds = 0.0
+    if not wanted.teacher.weights:
+        shown = wanted.teacher.epochs * (wanted.dataset.per_class * classes or info.train)
+        teacher_seconds = shown / speeds[wanted.teacher.net].training
+    lines = [
+        f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
+        f"  teacher {wanted.teacher.net}: {console.duration(teacher_seconds)}",
+        f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'images':>10s} {'labels':>10s}",
+    ]
+    total = teacher_seconds
+    for cell in cells:
+        made, trained = _seconds(cell, classes, size, speeds)
+        total += made + trained
+        images, labels_ = console.size(classes * cell.ipc * 3 * size**2), console.size(_label_bytes(cell, classes))
+        times = f"{console.duration(made):>11s} {console.duration(trained):>11s}"
+        lines.append(f"  {cell.id:34s} {times} {images:>10s} {labels_:>10s}")
+    data = info.train * 3 * size * size
+    lines.append(f"  together about {console.duration(total)}; data in memory {console.size(data)}")
+    return "\n".join(lines)
+
+
+def _seconds(cell: Cell, classes: int, size: int, speeds: dict[str, Speed]) -> tuple[float, float]:
+    method, teacher = methods.find(cell.method), speeds[cell.teacher.net]
+    options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
+    forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size)["forwards"]
+    trained = 0.0
+    for student in cell.students:
+        views = student.recipe.epochs * cell.ipc * classes
+        trained += views / speeds[student.net].training
+        trained += views / teacher.forward if student.recipe.regime == "soft" else 0.0
+    return forwards / teacher.forward, trained
+
+
+def _label_bytes(cell: Cell, classes: int) -> int:
+    if cell.labels.mode != "stored":
+        return 0
+    soft = [s.recipe.epochs for s in cell.students if s.recipe.regime == "soft"]
+    return sum(labels.stored_bytes(classes * cell.ipc, epochs, classes, cell.labels.top_k) for epochs in soft)
+
+
+def _speeds(wanted: Experiment, classes: int, size: int, compute: Compute) -> dict[str, Speed]:
+    options = {wanted.teacher.net: dict(wanted.teacher.net_options)}
+    options |= {s.net: dict(s.net_options) for s in wanted.students}
+    return {name: _speed(name, given, classes, size, compute) for name, given in options.items()}
+
+
+def _speed(name: str, options: Mapping[str, object], classes: int, size: int, compute: Compute) -> Speed:
+    net = compute.place(nets.build(name, classes, size, **options))
+    x_norm = compute.images(torch.zeros(PROBE, 3, size, size))
+    wanted = torch.zeros(PROBE, dtype=torch.int64, device=compute.device)
+
+    def forward() -> None:
+        with torch.no_grad(), compute.autocast():
+            net.eval()(x_norm)
+
+    def training() -> None:
+        with compute.autocast():
+            logits = net.train()(x_norm)
+        functional.cross_entropy(logits.float(), wanted).backward()
+
+    return Speed(_rate(forward, compute), _rate(training, compute))
+
+
+def _rate(work: object, compute: Compute, seconds: float = 0.4) -> float:
+    """Images per second of a batch of PROBE, after one warm-up."""
+    assert callable(work)
+    work()
+    began, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - began < seconds:
+        work()
+        rounds += 1
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize(compute.device)
+    return rounds * PROBE / (time.perf_counter() - began)

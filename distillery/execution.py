@@ -1,0 +1,199 @@
+"""One execution of a step: its key, its folder, its checkpoint, its clock, its failure."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distillery import artifact, console
+from distillery.code_version import digest
+from distillery.config import Cell, plain
+from distillery.device import Compute, hardware
+from distillery.errors import UserError
+from distillery.track import CHECKPOINT, Track
+
+Copy = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a step will make, known before it runs.
+
+    Attributes:
+        name: the step, a verb.
+        kind: the artifact, a noun.
+        config: everything in the experiment that can change this artifact.
+        inputs: folders of finished artifacts, by name.
+        modules: where the step's code lives, below `distillery` (what it imports is found by reading).
+        compute: device and precision, where they matter.
+        cell: the cell, for the steps inside one.
+        places: where things are read from; part of the key, but not of the artifact's content.
+    """
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    inputs: dict[str, Path]
+    modules: tuple[str, ...]
+    compute: Compute | None = None
+    cell: Cell | None = None
+    places: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def sources(self) -> dict[str, artifact.Manifest]:
+        """The inputs' manifests, checked."""
+        return {name: artifact.read(folder) for name, folder in self.inputs.items()}
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits that change whenever anything that can change the artifact's content changes."""
+        prints = {name: manifest.fingerprint for name, manifest in self.sources.items()}
+        everything = [self.name, self.config, prints, self.places, digest(*self.modules)]
+        text = json.dumps(everything, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Execution:
+    """A step at work in its output folder; the step's body fills `meta` and `summary`."""
+
+    spec: Spec
+    out: Path
+    checkpoints: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[bool]:
+        """Yield whether there is work to do; afterwards finish the artifact, or record the cell's failure."""
+        self._began = time.monotonic()
+        self._emit("started")
+        try:
+            failed = next((n for n, m in self.spec.sources.items() if m.kind == "failure"), None)
+            if failed is not None:
+                self._pass_on(self.spec.inputs[failed])
+                yield False
+            elif self._kept():
+                yield False
+            else:
+                self.out.mkdir(parents=True, exist_ok=True)
+                yield True
+                self._finish(self.spec.kind)
+                self._emit("finished", self.summary)
+        except Exception as error:
+            self._emit("failed", f"{type(error).__name__}: {error}")
+            if self.spec.cell is None or self.spec.cell.stop_on_failure:
+                raise
+            self._record(error)
+
+    def track(self) -> Track:
+        """Progress and checkpoints of this step; with a checkpoint store, copies live there under the step's key."""
+        cell = {"cell": self.spec.cell.id} if self.spec.cell else {}
+        folder = self.out / CHECKPOINT
+        every = float(os.environ.get("DISTILLERY_CHECKPOINT_SECONDS", "20"))
+        mirror, restore = _mirrored(self.checkpoints, f"{self.spec.name}-{self.spec.key}", folder)
+        return Track(
+            lambda event: console.emit({"step": self.spec.name} | cell | event), folder, every, mirror, restore
+        )
+
+    def _kept(self) -> bool:
+        """Whether the folder already holds this very artifact."""
+        if not artifact.is_finished(self.out):
+            return False
+        found = artifact.read(self.out)
+        if found.kind == "failure":
+            clear(self.out)  # a failure is tried again
+            return False
+        prints = {name: manifest.fingerprint for name, manifest in self.spec.sources.items()}
+        if found.kind != self.spec.kind or found.config != self.spec.config or found.inputs != prints:
+            raise UserError(
+                f"{self.out}: holds a finished {found.kind} of another configuration; choose another output folder or "
+                "delete this one"
+            )
+        self.manifest = found
+        self._emit("kept", "already finished")
+        return True
+
+    def _finish(self, kind: str) -> None:
+        if kind != "failure":
+            shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
+        self.manifest = artifact.finish(
+            self.out,
+            kind=kind,
+            step=self.spec.name,
+            config=self.spec.config,
+            inputs=dict(self.spec.inputs),
+            meta=self.meta,
+            seconds=time.monotonic() - self._began,
+            hardware=hardware(self.spec.compute) if self.spec.compute else "",
+        )
+
+    def _record(self, error: Exception) -> None:
+        """Leave the failure where the artifact would be; the checkpoint stays for the next try."""
+        assert self.spec.cell is not None
+        self.out.mkdir(parents=True, exist_ok=True)
+        clear(self.out)
+        self.meta = {}
+        said = {
+            "step": self.spec.name,
+            "cell": plain(self.spec.cell),
+            "error": f"{type(error).__name__}: {error}",
+            "hint": "correct what the message names and start the run again; what is finished is kept",
+            "traceback": traceback.format_exc(),
+        }
+        (self.out / "failure.json").write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
+        self._finish("failure")
+
+    def _pass_on(self, failed: Path) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        clear(self.out)
+        shutil.copyfile(failed / "failure.json", self.out / "failure.json")
+        self._finish("failure")
+        self._emit("passed on", "an earlier step of this cell failed")
+
+    def _emit(self, status: str, summary: str = "") -> None:
+        event: dict[str, Any] = {"event": "step", "step": self.spec.name, "status": status}
+        if self.spec.cell:
+            event["cell"] = self.spec.cell.id
+        if status != "started":
+            event["seconds"] = round(time.monotonic() - self._began, 3)
+        console.emit(event | ({"summary": summary} if summary else {}) | {"path": str(self.out)})
+
+
+def clear(folder: Path) -> None:
+    """Empty an artifact folder, its manifest first, but keep the checkpoint."""
+    (folder / artifact.MANIFEST).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != CHECKPOINT:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def _mirrored(uri: str, prefix: str, folder: Path) -> tuple[Copy | None, Copy | None]:
+    """Functions that copy a checkpoint file to a store and back; none without a store."""
+    if not uri:
+        return None, None
+    from distillery.store import open_store
+
+    store = open_store(uri)
+
+    def name(path: Path) -> str:
+        return f"{prefix}/{path.relative_to(folder).as_posix()}"
+
+    def restore(path: Path) -> None:
+        if store.exists(name(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.fetch(name(path), path)
+
+    return lambda path: store.put(name(path), path), restore

@@ -1,0 +1,132 @@
+"""The in-process runner: the same steps in the same order, resumable, into a folder or an object store.
+
+    OUT/experiment.yaml  1-data/  2-teachers/  3-synthetic/  4-labels/  5-students/  6-report/  log.jsonl
+
+Every artifact's folder ends in its step's key (see `execution.Spec.key`), so a run that starts again finds what is
+finished and repeats only what changed. With an object store as OUT the work happens in a local cache; each artifact is
+pushed when it is finished, pulled when a later step needs it, and checkpoints are mirrored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillery import artifact, experiment, steps
+from distillery.config import Experiment
+from distillery.errors import UserError
+from distillery.store import Store, open_store
+
+NAME_FILE = "experiment.name"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run leaves: the report's folder (local), where it lies for others, and the failures."""
+
+    report: Path
+    uri: str
+    failures: list[str]
+
+
+def cache() -> Path:
+    """The local cache: `DISTILLERY_CACHE`, else ~/.cache/distillery."""
+    return Path(os.environ.get("DISTILLERY_CACHE", "~/.cache/distillery")).expanduser()
+
+
+def run(source: str, out: str) -> Done:
+    """Run an experiment to its end.
+
+    Args:
+        source: see `experiment.read`.
+        out: a folder, or a file:// or s3:// URI.
+
+    Returns:
+        The report's place and the failed cells (the caller decides the exit status).
+
+    Raises:
+        UserError: a faulty experiment, a folder that belongs to another experiment, or a second process on it.
+        StoreError: the store failed after all retries. Finished artifacts are kept in every case.
+    """
+    text, _ = experiment.read(source)
+    wanted = experiment.load(source)
+    store = open_store(out)
+    remote = out.startswith("s3://")
+    local = cache() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16] if remote else _folder(out)
+    with store.hold("run"):
+        _claim(store, wanted, out)
+        store.write("experiment.yaml", text.encode())
+        events, before = local / "log.jsonl", os.environ.get("DISTILLERY_EVENTS")
+        local.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("DISTILLERY_EVENTS", str(events))
+        try:
+            return _Run(text, local, store if remote else None).all()
+        finally:
+            if before is None:
+                del os.environ["DISTILLERY_EVENTS"]
+            if remote and events.exists():
+                store.put("log.jsonl", events)
+
+
+@dataclass
+class _Run:
+    text: str
+    local: Path
+    remote: Store | None
+
+    def all(self) -> Done:
+        checkpoints = f"{self.remote.uri}/checkpoints" if self.remote else ""
+        cells = steps.plan(self.text)
+        data = self._place("1-data", cells[0]["dataset"]["name"], steps.dataset_spec(self.text).key)
+        self._step(data, lambda out: steps.prepare_data(self.text, out, checkpoints))
+        teacher = self._place("2-teachers", cells[0]["teacher"]["net"], steps.teacher_spec(self.text, data).key)
+        self._step(teacher, lambda out: steps.train_teacher(self.text, data, out, checkpoints))
+        results = [self._cell(cell, data, teacher, checkpoints) for cell in cells]
+        out = self.local / "6-report"
+        failures = steps.report(self.text, list(results), out)
+        if self.remote is not None:
+            self.remote.push(out, "6-report")
+        return Done(out, f"{self.remote.uri}/6-report" if self.remote else str(out), failures)
+
+    def _cell(self, cell: dict[str, Any], data: Path, teacher: Path, checkpoints: str) -> Path:
+        name = cell["id"]
+        synthetic = self._place("3-synthetic", name, steps.synthetic_spec(cell, data, teacher).key)
+        self._step(synthetic, lambda out: steps.synthesize(cell, data, teacher, out, checkpoints))
+        labels = self._place("4-labels", name, steps.labels_spec(cell, synthetic, teacher).key)
+        self._step(labels, lambda out: steps.relabel(cell, synthetic, teacher, out, checkpoints))
+        result = self._place("5-students", name, steps.result_spec(cell, data, teacher, synthetic, labels).key)
+        self._step(result, lambda out: steps.evaluate_student(cell, data, teacher, synthetic, labels, out, checkpoints))
+        return result
+
+    def _place(self, folder: str, name: str, key: str) -> Path:
+        return self.local / folder / f"{name}-{key}"
+
+    def _step(self, folder: Path, work: Any) -> None:
+        """Fetch the finished artifact if the store has it, else make it and push it."""
+        key = folder.relative_to(self.local).as_posix()
+        if self.remote is not None and not artifact.is_finished(folder) and self.remote.exists(f"{key}/manifest.json"):
+            self.remote.pull(key, folder)
+        manifest = work(folder)
+        if self.remote is not None and manifest.kind != "failure":
+            self.remote.push(folder, key)
+
+
+def _folder(out: str) -> Path:
+    return Path(out.removeprefix("file://")).expanduser()
+
+
+def _claim(store: Store, wanted: Experiment, out: str) -> None:
+    """Tie an output place to one experiment's name."""
+    if store.exists(NAME_FILE):
+        owner = store.read(NAME_FILE).decode().strip()
+        if owner != wanted.name:
+            raise UserError(
+                f"{out}: holds the artifacts of experiment {owner!r}, not of {wanted.name!r}; choose another --out, or "
+                "give the experiment that name to share its finished artifacts"
+            )
+    elif any(True for _ in store.list("1-data/")):
+        raise UserError(f"{out}: holds artifacts but no {NAME_FILE}; choose an empty --out")
+    store.write(NAME_FILE, f"{wanted.name}\n".encode())

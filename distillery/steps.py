@@ -1,0 +1,246 @@
+"""READ THIS FIRST: the steps in order. Everything else serves one of them.
+
+    plan -> prepare_data -> train_teacher
+         -> for each cell: synthesize -> relabel -> evaluate_student
+         -> report -> verdict
+
+A step is a plain function `step(config, *input_folders, out)`. It reads finished artifacts and leaves one finished
+artifact in `out`. The in-process runner, kfp.local and the cluster call these same functions; equal inputs give equal
+artifacts. A step whose `out` already holds its artifact returns at once; a killed one continues from its checkpoint,
+which lies in `out` or, with `checkpoints` (a URI), in an object store.
+
+In a cell's three steps a failure becomes an artifact of kind "failure", which later steps pass on and the report shows:
+one bad cell does not take the others' report with it. `stop_on_failure: true` raises instead.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from distillery import artifact, console, evaluate, experiment, labels, methods
+from distillery import report as reports
+from distillery import teacher as teachers
+from distillery.artifact import Manifest
+from distillery.code_version import code_version
+from distillery.config import Cell, parse, plain
+from distillery.data import prepare, real, synthetic
+from distillery.device import Compute, choose
+from distillery.errors import DistilleryError
+from distillery.execution import Execution, Spec, clear
+from distillery.nets import pretrained
+from distillery.preview import write_preview
+
+Folder = str | Path
+
+
+def plan(source: str, code: str = "") -> list[dict[str, Any]]:
+    """The cells of an experiment, as JSON-able dicts.
+
+    Args:
+        source: see `experiment.read`.
+        code: code version to stamp on the cells; default is this package's.
+
+    Raises:
+        UserError: anything wrong with the experiment.
+    """
+    return [plain(cell) for cell in experiment.check(source, code)]
+
+
+def dataset_spec(source: str) -> Spec:
+    """What `prepare_data` will make."""
+    config = plain(experiment.load(source).dataset)
+    places = {name: str(config.pop(name)) for name in ("root", "download", "store")}
+    return Spec("prepare_data", "dataset", {"dataset": config}, {}, ("data.prepare",), places=places)
+
+
+def prepare_data(source: str, out: Folder, checkpoints: str = "") -> Manifest:
+    """Real images -> `dataset` artifact: uint8 shards up to 64 px, original photo bytes in tar shards above."""
+    step = Execution(dataset_spec(source), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            config = experiment.load(source).dataset
+            step.meta = prepare.prepare(config, step.out, step.track())
+            step.summary = f"{config.name}: {sum(step.meta['counts']['train'])} training images"
+    return step.manifest
+
+
+def teacher_spec(source: str, data: Folder) -> Spec:
+    """What `train_teacher` will make."""
+    wanted = experiment.load(source)
+    compute = choose(wanted.device, wanted.precision)
+    config = plain(wanted.teacher)
+    weights = config.pop("weights")
+    places = {"weights": weights, "sha256": pretrained.identity(weights) if weights else ""}
+    config = {"teacher": config | {"given": bool(weights)}} | _said(compute)
+    return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
+
+
+def train_teacher(source: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+    """Dataset -> `teacher` artifact: trained or given weights that passed the accuracy gate."""
+    step = Execution(teacher_spec(source, data), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            compute = step.spec.compute or choose()
+            net, card = teachers.make(experiment.load(source).teacher, real.load(Path(data)), compute, step.track())
+            teachers.save(step.out, net, card)
+            step.meta = {"net": card.net, "accuracy": card.accuracy, "accuracy_best": card.accuracy_best}
+            step.summary = f"{card.net}: accuracy {100 * card.accuracy:.2f} %"
+    return step.manifest
+
+
+def synthetic_spec(cell: dict[str, Any], data: Folder, teacher: Folder) -> Spec:
+    """What `synthesize` will make."""
+    this = parse(Cell, cell, "cell")
+    compute = choose(this.device, this.precision)
+    config = {"method": this.method, "ipc": this.ipc, "seed": this.seed, "options": this.options} | _said(compute)
+    code = (methods.module_name(this.method), "teacher", "data.synthetic")
+    inputs = {"data": Path(data), "teacher": Path(teacher)}
+    return Spec("synthesize", "synthetic", config, inputs, code, compute, this)
+
+
+def synthesize(cell: dict[str, Any], data: Folder, teacher: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+    """Dataset and teacher -> `synthetic` artifact: IPC images per class by the cell's method."""
+    this = parse(Cell, cell, "cell")
+    step = Execution(synthetic_spec(cell, data, teacher), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            images, method = real.load(Path(data)), methods.find(this.method)
+            options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+            method.check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
+            found = method.synthesize(
+                options,
+                images,
+                teachers.load(Path(teacher), step.spec.compute or choose()),
+                ipc=this.ipc,
+                seed=this.seed,
+                classes=range(len(images.classes)),
+                track=step.track(),
+            )
+            found.save(step.out)
+            write_preview(found.images_u8, found.labels, step.out / "preview.png")
+            step.meta = {"method": this.method, "ipc": this.ipc, "classes": list(images.classes)}
+            step.meta |= {"images": len(found.labels), "image_bytes": found.images_u8.numel()}
+            step.summary = f"{len(found.labels)} images, {console.size(found.images_u8.numel())}"
+    return step.manifest
+
+
+def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teacher: Folder) -> Spec:
+    """What `relabel` will make."""
+    this = parse(Cell, cell, "cell")
+    compute = choose(this.device, this.precision)
+    config = {"labels": plain(this.labels), "seed": this.seed, "recipes": [plain(s.recipe) for s in this.students]}
+    inputs = {"synthetic": Path(synthetic_in), "teacher": Path(teacher)}
+    return Spec("relabel", "labels", config | _said(compute), inputs, ("labels", "teacher"), compute, this)
+
+
+def relabel(
+    cell: dict[str, Any], synthetic_in: Folder, teacher: Folder, out: Folder, checkpoints: str = ""
+) -> Manifest:
+    """Synthetic images and teacher -> `labels` artifact: soft labels of every view, or a reference to their maker."""
+    this = parse(Cell, cell, "cell")
+    step = Execution(labels_spec(cell, synthetic_in, teacher), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            step.meta = labels.relabel(
+                this.students,
+                synthetic.load(Path(synthetic_in)),
+                teachers.load(Path(teacher), step.spec.compute or choose()),
+                seed=this.seed,
+                config=this.labels,
+                out=step.out,
+                track=step.track(),
+            )
+            step.summary = f"{this.labels.mode}, {console.size(step.meta['label_bytes'])}"
+    return step.manifest
+
+
+def result_spec(cell: dict[str, Any], data: Folder, teacher: Folder, synthetic_in: Folder, labels_in: Folder) -> Spec:
+    """What `evaluate_student` will make."""
+    this = parse(Cell, cell, "cell")
+    folders = {"data": data, "teacher": teacher, "synthetic": synthetic_in, "labels": labels_in}
+    compute = choose(this.device, this.precision)
+    config: dict[str, Any] = {
+        "cell": this.id,
+        "name": this.name,
+        "dataset": this.dataset.name,
+        "labels": plain(this.labels),
+    }
+    config |= {"method": this.method, "ipc": this.ipc, "seed": this.seed, "options": this.options}
+    config |= {"students": [plain(s) for s in this.students]} | _said(compute)
+    inputs = {name: Path(folder) for name, folder in folders.items()}
+    return Spec("evaluate_student", "result", config, inputs, ("evaluate",), compute, this)
+
+
+def evaluate_student(
+    cell: dict[str, Any],
+    data: Folder,
+    teacher: Folder,
+    synthetic_in: Folder,
+    labels_in: Folder,
+    out: Folder,
+    checkpoints: str = "",
+) -> Manifest:
+    """Everything of a cell -> `result` artifact: accuracy last and best of each student trained from scratch."""
+    this = parse(Cell, cell, "cell")
+    step = Execution(result_spec(cell, data, teacher, synthetic_in, labels_in), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            result = evaluate.students(
+                this,
+                real.load(Path(data)),
+                teachers.load(Path(teacher), step.spec.compute or choose()),
+                synthetic.load(Path(synthetic_in)),
+                Path(labels_in),
+                step.track(),
+            )
+            (step.out / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+            shutil.copyfile(Path(synthetic_in) / "preview.png", step.out / "preview.png")
+            found = result["students"]
+            step.meta = {"cell": this.id, "acc_last": [s["acc_last"] for s in found]}
+            step.meta["acc_best"] = [s["acc_best"] for s in found]
+            step.summary = ", ".join(f"{s['net']}/{s['recipe']} {100 * s['acc_last']:.2f} %" for s in found)
+    return step.manifest
+
+
+def report(source: str, results: list[Folder], out: Folder, code: str = "") -> list[str]:
+    """Results and failures -> `report` artifact: results.csv, report.md, report.html. Returns the failures."""
+    wanted, began, folder = experiment.load(source), time.monotonic(), Path(out)
+    console.emit({"event": "step", "step": "report", "status": "started"})
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    text, _ = experiment.read(source)
+    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text)
+    seconds = time.monotonic() - began
+    artifact.finish(
+        folder,
+        kind="report",
+        step="report",
+        config={"name": wanted.name},
+        inputs={f"result-{i:03d}": Path(r) for i, r in enumerate(results)},
+        meta={"failures": len(summary.failures)},
+        seconds=seconds,
+        hardware="",
+    )
+    console.emit(
+        {"event": "step", "step": "report", "status": "finished", "seconds": round(seconds, 3), "path": str(folder)}
+        | {"summary": f"{len(results)} cells, {len(summary.failures)} failed"}
+    )
+    return summary.failures
+
+
+def verdict(failures: list[str]) -> None:
+    """Fail the run, after its report was written, when any cell failed.
+
+    Raises:
+        DistilleryError: the list of what failed and why.
+    """
+    if failures:
+        raise DistilleryError(f"{len(failures)} of the cells failed:\n  " + "\n  ".join(failures))
+
+
+def _said(compute: Compute) -> dict[str, str]:
+    return {"device": compute.device.type, "precision": compute.precision}

@@ -1,0 +1,256 @@
+"""The teacher: train it or take given weights, check it, and freeze it for everyone downstream.
+
+Legend: B batch, N images, C classes, S side.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from distillery import nets
+from distillery.config import TeacherConfig, ViewPolicy
+from distillery.data import augment
+from distillery.data.real import Real
+from distillery.device import Compute
+from distillery.errors import CorruptArtifact, GateError, UserError, choices
+from distillery.nets import pretrained
+from distillery.rng import generator, seeded
+from distillery.track import Track
+from distillery.train import accuracy, build_optimizer, cosine, onecycle, pack, set_lr, unpack
+
+WEIGHTS, CARD = "weights.safetensors", "teacher.json"
+CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a teacher says about itself; accuracy is the fraction right on the validation split, last epoch."""
+
+    net: str
+    net_options: dict[str, object]
+    classes: list[str]
+    size: int
+    mean: list[float]
+    std: list[float]
+    accuracy: float
+    accuracy_best: float
+    per_class: list[float]
+    curve: list[list[float]]  # [epoch, accuracy, mean training loss]
+
+
+class Frozen:
+    """A teacher ready to score and label: eval mode, no gradients on its weights.
+
+    Attributes:
+        net: the network on its device.
+        card: its `Card`.
+        mean, std, size, compute: normalisation, input side in pixels, device and precision.
+    """
+
+    def __init__(self, net: nn.Module, card: Card, compute: Compute) -> None:
+        self.net = compute.place(net).eval()
+        self.net.requires_grad_(False)
+        self.card, self.compute = card, compute
+        self.mean, self.std, self.size = tuple(card.mean), tuple(card.std), card.size
+
+    @torch.no_grad()
+    def logits(self, x_norm: torch.Tensor) -> torch.Tensor:
+        """Logits [B, C] in float32 for normalised images [B, 3, S, S]."""
+        with self.compute.autocast():
+            out: torch.Tensor = self.net(self.compute.images(x_norm))
+        return out.float()
+
+    def normalise(self, x01: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] -> normalised images."""
+        mean = torch.tensor(self.mean, device=x01.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=x01.device).view(1, 3, 1, 1)
+        return (x01 - mean) / std
+
+
+def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tuple[nn.Module, Card]:
+    """Train or load the teacher the configuration asks for, and pass it through its gate.
+
+    Args:
+        cfg: net, recipe or given weights, gate.
+        real: the prepared data set.
+        compute: device and precision.
+        track: progress and checkpoints.
+
+    Returns:
+        The net and its card.
+
+    Raises:
+        UserError: weights that do not fit the net, or other classes than the data set's.
+        GateError: accuracy below `min_accuracy` or not within `tolerance` of `expected_accuracy`.
+        NonFiniteLoss: the training diverged.
+    """
+    mean, std = tuple(cfg.mean) or real.mean, tuple(cfg.std) or real.std
+    net = _initial(cfg, real)
+    if cfg.weights:
+        pretrained.load(net, cfg.weights, cfg.net, _rows(cfg, real))
+        net = compute.place(net)
+        curve: list[list[float]] = []
+    else:
+        net, curve = _train(compute.place(net), cfg, real, compute, track)
+    images_u8, labels = real.pixels("val")
+    last, per_class = accuracy(
+        net, images_u8, labels, lambda x: augment.evaluation_view(x, real.size, mean, std), compute
+    )
+    card = Card(
+        net=cfg.net,
+        net_options=dict(cfg.net_options),
+        classes=list(real.classes),
+        size=real.size,
+        mean=list(mean),
+        std=list(std),
+        accuracy=last,
+        accuracy_best=max([last, *(point[1] for point in curve)]),
+        per_class=per_class,
+        curve=curve,
+    )
+    gate(cfg, card)
+    return net, card
+
+
+def gate(cfg: TeacherConfig, card: Card) -> None:
+    """Refuse a teacher that is not what it should be, before anything is spent on synthesis.
+
+    Raises:
+        GateError: names the accuracy, the bound and the usual causes.
+    """
+    got, chance = card.accuracy, 1 / len(card.classes)
+    causes = (
+        "usual causes: another class order (teacher.classes), another normalisation (teacher.mean, teacher.std; "
+        f"used here {card.mean} and {card.std}), another stem or input size ({card.size} px)"
+    )
+    if cfg.expected_accuracy and abs(got - cfg.expected_accuracy) > cfg.tolerance:
+        raise GateError(
+            f"teacher {card.net}: validation accuracy {got:.4f} is not within {cfg.tolerance} of "
+            f"teacher.expected_accuracy {cfg.expected_accuracy}; {causes}"
+        )
+    if got < cfg.min_accuracy:
+        remedy = causes if cfg.weights else "train longer (teacher.epochs), or lower teacher.min_accuracy"
+        raise GateError(
+            f"teacher {card.net}: validation accuracy {got:.4f} is below teacher.min_accuracy "
+            f"{cfg.min_accuracy}; {remedy}"
+        )
+    guessing = chance + 0.05 * (1 - chance)
+    if cfg.weights and got < guessing:
+        raise GateError(f"teacher {card.net}: validation accuracy {got:.4f} is about guessing ({chance:.4f}); {causes}")
+
+
+def save(folder: Path, net: nn.Module, card: Card) -> None:
+    """Write weights and card into an artifact folder."""
+    pretrained.save(net, folder / WEIGHTS)
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=1, sort_keys=True) + "\n")
+
+
+def load(folder: Path, compute: Compute) -> Frozen:
+    """Read a teacher artifact and freeze it.
+
+    Raises:
+        CorruptArtifact: the card is not readable.
+    """
+    try:
+        card = Card(**json.loads((folder / CARD).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{folder / CARD}: not a teacher card ({error}); train the teacher again") from error
+    net = nets.build(card.net, len(card.classes), card.size, **card.net_options)
+    pretrained.load(net, str(folder / WEIGHTS), card.net)
+    return Frozen(net, card, compute)
+
+
+def view_policy(cfg: TeacherConfig, real: Real) -> ViewPolicy:
+    """Training views: padded crop and flip up to 64 px, random resized crop and flip for photos."""
+    if real.kind == "photos":
+        return ViewPolicy(crop="rrc", crop_scale=cfg.crop_scale, flip=cfg.flip)
+    return ViewPolicy(crop="pad" if cfg.crop_pad else "none", crop_pad=cfg.crop_pad, flip=cfg.flip)
+
+
+def _initial(cfg: TeacherConfig, real: Real) -> nn.Module:
+    """The net with its initial weights, which depend on the seed alone (torch's initialisers draw globally)."""
+    with seeded(cfg.seed, "teacher", cfg.net):
+        return nets.build(cfg.net, len(real.classes), real.size, **cfg.net_options)
+
+
+def _train(
+    net: nn.Module, cfg: TeacherConfig, real: Real, compute: Compute, track: Track
+) -> tuple[nn.Module, list[list[float]]]:
+    """Train on images that stay on the device as uint8; every view is drawn and applied there in batches."""
+    mean, std = tuple(cfg.mean) or real.mean, tuple(cfg.std) or real.std
+    images_u8, labels = real.pixels("train")
+    images_u8, labels = compute.images(images_u8), labels.to(compute.device)
+    val_u8, val_labels = real.pixels("val")
+    policy, batch = view_policy(cfg, real), min(cfg.batch, len(labels))
+    optimizer = build_optimizer(
+        net.parameters(), cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, nesterov=True
+    )
+    per_epoch = len(labels) // batch  # the ragged last batch is dropped; another order takes it up next epoch
+    total, shape = per_epoch * cfg.epochs, onecycle if cfg.schedule == "onecycle" else cosine
+    start, curve, loss_sum = 0, [], torch.zeros((), device=compute.device)
+    if (kept := track.load()) is not None:
+        unpack(kept[0], net, optimizer)
+        start, curve, loss_sum = kept[1]["step"], kept[1]["curve"], kept[0]["loss_sum"].to(compute.device)
+    for step in range(start, total):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == start:
+            order = torch.randperm(len(labels), generator=generator(cfg.seed, "teacher order", epoch)).to(
+                compute.device
+            )
+        index = order[place * batch : (place + 1) * batch]
+        views = augment.draw(policy, batch, real.size, generator(cfg.seed, "teacher views", epoch, place))
+        x_norm = augment.apply(policy, images_u8[index], views, mean, std)
+        lr = cfg.lr * shape(step, total, cfg.warmup)
+        set_lr(optimizer, lr)
+        net.train()
+        with compute.autocast():
+            logits = net(x_norm.contiguous(memory_format=torch.channels_last))
+        loss = functional.cross_entropy(logits.float(), labels[index], label_smoothing=cfg.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loss_sum += loss.detach()
+        if step % CHECK_EVERY == 0 or place == per_epoch - 1:
+            track.finite(float(loss_sum), step, lr=lr, epoch=epoch)
+            track.log(step + 1, total, epoch=epoch + 1, loss=round(float(loss.detach()), 4))
+        if place == per_epoch - 1:
+            right, _ = accuracy(
+                net, val_u8, val_labels, lambda x: augment.evaluation_view(x, real.size, mean, std), compute
+            )
+            curve.append([epoch + 1, right, float(loss_sum) / per_epoch])
+            loss_sum.zero_()
+            track.note(f"teacher epoch {epoch + 1}/{cfg.epochs}: accuracy {right:.4f}")
+            if cfg.stop_at and right >= cfg.stop_at:
+                break
+        if track.due():
+            track.finite(float(loss_sum), step, lr=lr, epoch=epoch)
+            track.save(pack(net, optimizer) | {"loss_sum": loss_sum}, {"step": step + 1, "curve": curve})
+    track.clear()
+    return net, curve
+
+
+def _rows(cfg: TeacherConfig, real: Real) -> list[int]:
+    """Which outputs of given weights are the data set's classes, in its order; [] keeps all as they are.
+
+    Raises:
+        UserError: a class of the data set is not among the weights' classes.
+    """
+    given = cfg.classes or pretrained.class_names(cfg.weights, cfg.net)
+    if not given or list(given) == list(real.classes):
+        return []
+    lacking = [name for name in real.classes if name not in given]
+    if lacking and not cfg.classes and len(given) == len(real.classes):
+        return []  # the same number under other names (wnids, say): the gate tells whether the order fits
+    if lacking:
+        raise UserError(
+            f"teacher.classes: the weights' {len(given)} classes lack {len(lacking)} of the data set's "
+            f"{len(real.classes)}: {choices(lacking[:10])}; list the class of each output of the weights, in order, by "
+            "the data set's names"
+        )
+    return [given.index(name) for name in real.classes]

@@ -1,0 +1,155 @@
+"""The only side effects of a long loop: progress lines, checkpoints, and the guard against NaN.
+
+A loop asks `due()` now and then and hands its state to `save`; a restarted process gets it back from `load`.
+The work lost to a kill is at most the checkpoint interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distillery.errors import NonFiniteLoss, StoreError
+
+Say = Callable[[dict[str, Any]], None]
+CHECKPOINT = "checkpoint"
+FILE = "state.safetensors"
+
+
+class Track:
+    """Progress and checkpoints of one step.
+
+    Args:
+        say: receives one event (a flat dict) per progress line; the console decides how it looks.
+        folder: where the checkpoint lives; None keeps none.
+        every: seconds between checkpoints (and at most this much work is lost to a kill).
+        mirror: called with the checkpoint file after each save, to copy it to an object store.
+        restore: called with the checkpoint path before the first load, to fetch it from there.
+    """
+
+    def __init__(
+        self,
+        say: Say | None = None,
+        folder: Path | None = None,
+        every: float = 20.0,
+        mirror: Callable[[Path], None] | None = None,
+        restore: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._say, self._every = say, every
+        self._file = folder / FILE if folder else None
+        self._mirror, self._restore = mirror, restore
+        self._start = self._saved = time.monotonic()
+        self._spoke = 0.0
+        self._first: tuple[float, int] | None = None
+
+    @staticmethod
+    def quiet() -> Track:
+        """No output and no checkpoint."""
+        return Track()
+
+    def child(self, name: str) -> Track:
+        """A track for one part of the step: the same console, its own checkpoint."""
+        folder = self._file.parent / name if self._file else None
+        return Track(self._say, folder, self._every, self._mirror, self._restore)
+
+    def log(self, done: int, total: int, **values: float | str) -> None:
+        """Report progress; at most one line in 5 seconds, and always the last one."""
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = (now, done)
+        if self._say is None or (done < total and now - self._spoke < 5):
+            return
+        self._spoke = now
+        since, began = self._first
+        rate = (done - began) / (now - since) if now > since else 0.0
+        left = round((total - done) / rate) if rate > 0 else None
+        self._say({"event": "progress", "done": done, "total": total, "eta": left, **values})
+
+    def note(self, text: str) -> None:
+        """Say one line now."""
+        if self._say is not None:
+            self._say({"event": "note", "text": text})
+
+    def due(self) -> bool:
+        """Whether the checkpoint interval has passed since the last save."""
+        return self._file is not None and time.monotonic() - self._saved >= self._every
+
+    def save(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """Write the checkpoint atomically: a kill leaves the old one or the new one, never a mixture.
+
+        Args:
+            tensors: the state's tensors, any device and layout.
+            values: everything else, as JSON.
+
+        Raises:
+            StoreError: the disk is full or not writable.
+        """
+        if self._file is None:
+            return
+        part = self._file.with_suffix(".part")
+        plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(plain, part, metadata={"values": json.dumps(values)})
+            os.replace(part, self._file)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"cannot write the checkpoint {self._file}: {error}; free space there or choose another output folder, "
+                "then start again (finished artifacts are kept)"
+            ) from error
+        if self._mirror is not None:
+            self._mirror(self._file)
+        self._saved = time.monotonic()
+
+    def load(self, quiet: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The last checkpoint, or None when there is none (or an unreadable one, which is said).
+
+        Args:
+            quiet: do not say that the work continues.
+        """
+        if self._file is None:
+            return None
+        if self._restore is not None and not self._file.exists():
+            self._restore(self._file)
+        if not self._file.exists():
+            return None
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                values = json.loads(file.metadata()["values"])
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            self.note(f"checkpoint {self._file} is unreadable ({error}); starting this step from its beginning")
+            return None
+        if not quiet:
+            self.note("continuing from a checkpoint")
+        return tensors, values
+
+    def clear(self) -> None:
+        """Forget the checkpoint (the step has finished)."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def finite(self, loss: float, step: int, **context: float | str) -> None:
+        """Stop when a loss is not a number.
+
+        Raises:
+            NonFiniteLoss: names the step, the context (such as lr) and the last finite checkpoint.
+        """
+        if math.isfinite(loss):
+            return
+        kept = (
+            f"the last finite checkpoint is {self._file}" if self._file and self._file.exists() else "no checkpoint yet"
+        )
+        said = ", ".join(f"{k} {v}" for k, v in context.items())
+        raise NonFiniteLoss(
+            f"loss is {loss} at step {step} ({said}); {kept}; lower lr, or use precision: fp32, and start again"
+        )

@@ -1,0 +1,148 @@
+"""The in-process runner: resumes, refuses foreign folders, survives kills, records failures, works through S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distillery import artifact, run, steps
+from distillery.errors import DistilleryError, UserError
+
+TEXT = """
+name: toy
+dataset: {name: digits, per_class: 30}
+teacher: {net: convnet2, net_options: {width: 8}, epochs: 3, batch: 50, flip: 0.0, lr: 0.05}
+methods:
+  - {method: rded, ipc: [1], options: {mipc: 20, num_crop: 2}}
+  - {method: random, ipc: [1]}
+students:
+  - {net: convnet2, net_options: {width: 8}, recipe: {preset: rded, epochs: 8}}
+  - {net: convnet2, net_options: {width: 8}, recipe: {preset: fair-hard, epochs: 8}}
+labels: {mode: stored}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_LOG", "quiet")
+
+
+def prints(out: Path) -> dict[str, str]:
+    """Fingerprint of every finished artifact but the report, by folder."""
+    found = sorted(out.glob("[1-5]-*/*/manifest.json"))
+    return {path.parent.relative_to(out).as_posix(): artifact.read(path.parent).fingerprint for path in found}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    done = run.run(TEXT, str(out))
+    assert done.failures == []
+    return out
+
+
+def test_a_run_leaves_every_artifact_and_a_report(finished: Path) -> None:
+    kinds = [artifact.read(path.parent).kind for path in finished.glob("[1-5]-*/*/manifest.json")]
+    assert sorted(kinds) == sorted(["dataset", "teacher", *["synthetic", "labels", "result"] * 2])
+    assert {"results.csv", "report.md", "report.html"} <= {p.name for p in (finished / "6-report").iterdir()}
+
+
+def test_a_second_run_keeps_what_is_finished(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("[1-5]-*/*/manifest.json")}
+    run.run(TEXT, str(finished))
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("[1-5]-*/*/manifest.json")} == before
+
+
+def test_another_student_keeps_teacher_and_images(finished: Path) -> None:
+    before = set(prints(finished))
+    run.run(TEXT.replace("preset: fair-hard, epochs: 8", "preset: fair-hard, epochs: 3"), str(finished))
+    new = sorted(name.split("/")[0] for name in set(prints(finished)) - before)
+    assert new == ["4-labels", "4-labels", "5-students", "5-students"]
+
+
+def test_another_experiment_is_refused(finished: Path) -> None:
+    with pytest.raises(UserError, match="'toy'.*'other'"):
+        run.run(TEXT.replace("name: toy", "name: other"), str(finished))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "1-data" / "x").mkdir(parents=True)
+    (tmp_path / "1-data" / "x" / "f").write_text("x")
+    with pytest.raises(UserError, match="experiment.name"):
+        run.run(TEXT, str(tmp_path))
+
+
+def start(out: Path, text: Path) -> subprocess.Popen[bytes]:
+    env = os.environ | {"DISTILLERY_CHECKPOINT_SECONDS": "0.05", "DISTILLERY_LOG": "quiet"}
+    command = [sys.executable, "-m", "distillery", "run", str(text), "--out", str(out)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_a_killed_run_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments of the work, then once to the end."""
+    wanted, text, out = prints(finished), tmp_path / "toy.yaml", tmp_path / "out"
+    text.write_text(TEXT)
+    rng = random.Random(time.time_ns())
+    for _ in range(3):
+        process = start(out, text)
+        deadline = time.monotonic() + 60
+        while not (out / "1-data").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.1, 2.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start(out, text)
+    _, said = last.communicate(timeout=110)
+    assert last.returncode == 0, said.decode()
+    found = prints(out)
+    assert found and all(wanted[name] == print_ for name, print_ in found.items()), (wanted, found)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    from distillery.store import open_store
+
+    with open_store(str(tmp_path)).hold("run"):
+        text = tmp_path / "toy.yaml"
+        text.write_text(TEXT)
+        second = start(tmp_path, text)
+        _, said = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert b"pid" in said and b"Traceback" not in said, said.decode()
+
+
+def test_a_failed_cell_leaves_the_others_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TEXT.replace("labels: {mode: stored}", "")
+    broken = steps.methods.find("rded")
+    works = broken.synthesize
+    monkeypatch.setattr(broken, "synthesize", lambda *_, **__: (_ for _ in ()).throw(DistilleryError("no more luck")))
+    done = run.run(text, str(tmp_path))
+    assert len(done.failures) == 1
+    assert "no more luck" in done.failures[0]
+    with pytest.raises(DistilleryError, match="no more luck"):
+        steps.verdict(done.failures)
+    results = (done.report / "results.csv").read_text()
+    assert "random" in results
+    monkeypatch.setattr(broken, "synthesize", works)
+    assert run.run(text, str(tmp_path)).failures == []
+
+
+def test_stop_on_failure_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = steps.methods.find("rded")
+    monkeypatch.setattr(broken, "synthesize", lambda *_, **__: (_ for _ in ()).throw(DistilleryError("no more luck")))
+    with pytest.raises(DistilleryError, match="no more luck"):
+        run.run(TEXT + "stop_on_failure: true\n", str(tmp_path))
+
+
+def test_events_are_json_lines_with_every_step(finished: Path) -> None:
+    events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    ended = [e["step"] for e in events if e["event"] == "step" and e["status"] == "finished"]
+    assert ended[:2] == ["prepare_data", "train_teacher"]
+    assert ended.count("synthesize") == 2

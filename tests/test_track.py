@@ -1,0 +1,79 @@
+"""Checkpoints are atomic and honest; progress is throttled; NaN stops a loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distillery.errors import NonFiniteLoss, StoreError
+from distillery.track import FILE, Track
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    track = Track(folder=tmp_path, every=0.0)
+    assert track.load() is None
+    state = {"a": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor(1.5)}
+    track.save(state, {"step": 3, "curve": [[1, 0.5]]})
+    tensors, values = Track(folder=tmp_path).load() or ({}, {})
+    assert torch.equal(tensors["a"], state["a"])
+    assert values == {"step": 3, "curve": [[1, 0.5]]}
+    track.clear()
+    assert Track(folder=tmp_path).load() is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 40, b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_checkpoint_is_said_and_not_believed(tmp_path: Path, damage: bytes) -> None:
+    said: list[dict[str, Any]] = []
+    (tmp_path / FILE).write_bytes(damage)
+    assert Track(said.append, tmp_path).load() is None
+    assert "unreadable" in said[0]["text"]
+
+
+def test_a_child_keeps_its_own_checkpoint(tmp_path: Path) -> None:
+    track = Track(folder=tmp_path)
+    track.child("one").save({}, {"x": 1})
+    assert track.load() is None
+    assert (track.child("one").load() or (0, 0))[1] == {"x": 1}
+    assert track.child("two").load() is None
+
+
+def test_a_mirror_restores_a_lost_checkpoint(tmp_path: Path) -> None:
+    far: dict[str, bytes] = {}
+
+    def mirror(path: Path) -> None:
+        far[path.name] = path.read_bytes()
+
+    def restore(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(far[path.name])
+
+    Track(None, tmp_path / "a", 0.0, mirror, restore).save({}, {"step": 8})
+    assert (Track(None, tmp_path / "b", 0.0, mirror, restore).load() or (0, 0))[1] == {"step": 8}
+
+
+def test_progress_is_throttled_but_the_last_line_always_comes() -> None:
+    said: list[dict[str, Any]] = []
+    track = Track(said.append)
+    for done in range(1, 101):
+        track.log(done, 100, loss=0.5)
+    assert [event["done"] for event in said] == [1, 100]
+    assert said[-1]["eta"] == 0 or said[-1]["eta"] is None
+
+
+def test_a_loss_that_is_no_number_names_step_and_checkpoint(tmp_path: Path) -> None:
+    track = Track(folder=tmp_path)
+    track.finite(1.0, 5, lr=0.1)
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 7 \(lr 0.1\); no checkpoint"):
+        track.finite(float("nan"), 7, lr=0.1)
+    track.save({}, {})
+    with pytest.raises(NonFiniteLoss, match=FILE):
+        track.finite(float("inf"), 7, lr=0.1)
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="file"):
+        Track(folder=tmp_path / "file").save({}, {})
