@@ -1,0 +1,135 @@
+"""The report of an experiment: results.csv, report.md, report.html and summary.json from the cells' artifacts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distillery.report import table
+from distillery.report.load import STEPS, Failure, Outcome, Row, load
+from distillery.report.markdown import markdown
+from distillery.report.notes import title, weaknesses
+from distillery.report.table import Entry
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the run reached, as plain values.
+
+    `leaderboard` holds one mapping per entry, accuracies in percent and distances in points; `metrics` holds named
+    finite numbers for dashboards; `failures` says in one line each which cell failed, where and why.
+    """
+
+    experiment: str
+    code_version: str
+    failures: list[str]
+    leaderboard: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+def build(experiment_name: str, results: list[Path], out: Path, code_version: str, config: str = "") -> Summary:
+    """Write results.csv, report.md, report.html and summary.json into `out`.
+
+    Args:
+        experiment_name: heading of the report.
+        results: artifact folders of kind result or failure, in any order; what cannot be read is shown as a failure.
+        out: folder to write into; made if absent.
+        code_version: version of the code that builds the report.
+        config: the experiment as its author wrote it, shown on the page; "" shows what the cells were given.
+
+    Returns:
+        The content of summary.json.
+    """
+    from distillery.report import page  # matplotlib takes a second to import: only when a report is built
+
+    outcomes = sorted(map(load, results), key=_order)
+    rows = sorted((row for outcome in outcomes for row in outcome.rows), key=table.order)
+    entries = table.leaderboard(rows)
+    failures = [o.failure for o in outcomes if o.failure]
+    notes = weaknesses(entries, outcomes)
+    facts = _facts(outcomes, rows, code_version)
+    summary = Summary(
+        experiment=experiment_name,
+        code_version=code_version,
+        failures=[_line(failure) for failure in failures],
+        leaderboard=[table.scalars(entry) for entry in entries],
+        metrics=_metrics(entries, outcomes),
+    )
+    shown = config or page.configuration(outcomes)
+    report = page.Report(experiment_name, facts, _headline(entries), entries, notes, outcomes, failures, shown)
+    out.mkdir(parents=True, exist_ok=True)
+    table.write_csv(rows, out / "results.csv")
+    _write(out / "report.md", markdown(experiment_name, facts, entries, notes, failures))
+    _write(out / "report.html", page.html(report))
+    _write(out / "summary.json", json.dumps(asdict(summary), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return summary
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _order(outcome: Outcome) -> tuple[object, ...]:
+    failed = outcome.failure.cell if outcome.failure else ""
+    return (failed, [table.order(row) for row in outcome.rows], str(outcome.cell.get("id", "")))
+
+
+def _line(failure: Failure) -> str:
+    return f"{failure.where}: {failure.step}: {' '.join(failure.error.split())[:500]}"
+
+
+def _facts(outcomes: Sequence[Outcome], rows: Sequence[Row], code_version: str) -> dict[str, str]:
+    """The header: what was run, on what, and how long it computed."""
+    from distillery.report.page import duration
+
+    teachers = sorted({(r.teacher, r.teacher_acc) for r in rows if r.teacher_acc is not None})
+    failed = sum(o.failure is not None for o in outcomes)
+    facts = {
+        "Data": ", ".join(sorted({r.dataset for r in rows})),
+        "Teacher": ", ".join(f"{net}, {accuracy:.2f} %" for net, accuracy in teachers),
+        "Cells": f"{len(outcomes) - failed} of {len(outcomes)} finished" if outcomes else "none",
+        "Compute time": duration(_seconds(outcomes)) if outcomes else "",
+        "Hardware": "; ".join(sorted({o.hardware for o in outcomes if o.hardware})),
+        "Code": code_version,
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def _seconds(outcomes: Sequence[Outcome]) -> float:
+    """Seconds of all steps; a step shared by several cells counts once (its seconds are then equal to the digit)."""
+    shared = {(s, o.seconds[s]) for o in outcomes for s in STEPS[:2] if s in o.seconds}
+    own = sum(seconds for o in outcomes for step, seconds in o.seconds.items() if step not in STEPS[:2])
+    return own + sum(sorted(seconds for _, seconds in shared))
+
+
+def _headline(entries: Sequence[Entry]) -> str:
+    """The result in one sentence: the best entry that is no baseline."""
+    methods = [e for e in entries if not e.baseline]
+    if not methods:
+        return ""
+    best = max(methods, key=lambda e: e.mean)
+    said = f"{best.method} reaches {best.mean:.2f} %"
+    said += "" if best.std is None else f" \u00b1 {best.std:.2f}"
+    said += " in one seed" if best.n == 1 else f" over {best.n} seeds"
+    said += f" with {best.setting.ipc} image{'s' * (best.setting.ipc > 1)} per class"
+    if best.to_random is not None:
+        side = "above" if best.to_random >= 0 else "below"
+        told = "not told apart from random real images" if best.tie else f"{abs(best.to_random):.2f} points {side} them"
+        said += f", {told if best.tie else told.replace('them', 'random real images')}"
+    return f"{said}; the teacher has {best.setting.teacher_acc:.2f} %."
+
+
+def _metrics(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> dict[str, float]:
+    failed = sum(o.failure is not None for o in outcomes)
+    found: dict[str, float] = {"cells": len(outcomes), "cells_failed": failed}
+    if entries:
+        found["teacher_acc"] = round(max(e.setting.teacher_acc for e in entries), 2)
+        found["acc_last_max"] = round(max(e.mean for e in entries), 2)
+    for entry in entries:
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{entry.method} {title(entry.setting)}").strip("_")
+        found[f"acc_last_{name}"] = round(entry.mean, 2)
+    return found

@@ -1,0 +1,73 @@
+"""What a reader must know before believing the numbers, and the words shared by Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from distillery.report.load import Outcome
+from distillery.report.table import MIN_SEEDS, TIE, Entry, Setting, by_setting
+
+LISTED = 8  # entries named in one note
+HOW_TO_READ = (
+    "Top-1 accuracy on the validation images, in percent: the last epoch, mean and sample standard deviation over "
+    "seeds. Distances are in points. Only rows of one block are comparable: same IPC (images per class), student, "
+    "recipe and labels. The best epoch is chosen with the validation images, so it flatters."
+)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A weakness of the numbers, and where it applies."""
+
+    text: str
+    where: tuple[str, ...]
+
+
+def title(setting: Setting) -> str:
+    """The setting in words."""
+    parts = (setting.context, f"IPC {setting.ipc}", setting.student, f"{setting.recipe} recipe", labels(setting))
+    return " \u00b7 ".join(part for part in parts if part)
+
+
+def labels(setting: Setting) -> str:
+    """The label mode in words."""
+    if setting.regime == "hard":
+        return "hard labels"
+    kind = {"on_the_fly": "on the fly"}.get(setting.labels, setting.labels.replace("-top", ", top "))
+    return f"soft labels, {kind}"
+
+
+def weaknesses(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> list[Note]:
+    """Notes in order of weight; an empty list where nothing needs saying."""
+    lone = [
+        title(s) for s, group in by_setting(entries).items() if not any(e.rows[0].method == "random" for e in group)
+    ]
+    tied = f"within {TIE} points, or within two standard errors of it; not a difference"
+    found = [
+        _note("Inside the noise: the distance to random is " + tied, entries, lambda e: e.tie is True),
+        _note("One seed: no spread is known, so no difference to it can be judged", entries, lambda e: e.n == 1),
+        _note(f"Fewer than {MIN_SEEDS} seeds: the spread is a guess", entries, lambda e: 1 < e.n < MIN_SEEDS),
+        _note(f"The best epoch differs from the last by more than {TIE} points", entries, _peaked),
+        Note("No random baseline in this block, so the distance to it is unknown", _short(lone)),
+        _mixed("code version", sorted({o.code_version for o in outcomes if o.code_version})),
+        _mixed("hardware", sorted({o.hardware for o in outcomes if o.hardware})),
+    ]
+    return [note for note in found if note.where]
+
+
+def _peaked(entry: Entry) -> bool:
+    return entry.best - entry.mean > TIE
+
+
+def _note(text: str, entries: Sequence[Entry], applies: Callable[[Entry], bool]) -> Note:
+    return Note(text, _short([f"{e.method} ({title(e.setting)})" for e in entries if applies(e)]))
+
+
+def _mixed(what: str, values: Sequence[str]) -> Note:
+    return Note(f"Results of more than one {what} stand side by side", _short(values) if len(values) > 1 else ())
+
+
+def _short(names: Sequence[str]) -> tuple[str, ...]:
+    more = len(names) - LISTED
+    return (*names[:LISTED], f"and {more} more") if more > 0 else tuple(names)
