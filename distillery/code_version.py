@@ -15,7 +15,7 @@ import distillery
 
 ROOT = Path(distillery.__file__).parent
 # Registries and plumbing that steps import but that change no number: what a step really uses is named by its caller.
-NEUTRAL = frozenset({"errors", "track", "console", "preview", "artifact", "store", "code_version", "methods"})
+NEUTRAL = frozenset({"errors", "files", "track", "console", "preview", "artifact", "store", "code_version", "methods"})
 
 
 @functools.cache

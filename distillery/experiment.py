@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from distillery import methods, nets, recipes
+from distillery import console, methods, nets, recipes
 from distillery.code_version import code_version as current_code
 from distillery.config import Cell, DatasetConfig, Experiment, MethodChoice, Student, parse, plain, read_yaml
 from distillery.data import DATASETS, prepare
@@ -41,12 +42,12 @@ def read(source: str) -> tuple[str, str]:
     if "\n" in source or source.lstrip().startswith(("{", "name:")):
         return source, "experiment"
     if source.startswith(("file://", "s3://")):
-        from distillery.store import open_store
+        from distillery.store import MissingKey, open_store
 
         folder, _, name = source.rpartition("/")
         try:
             return open_store(folder).read(name).decode(), source
-        except (FileNotFoundError, KeyError, UnicodeDecodeError) as error:
+        except (MissingKey, UnicodeDecodeError) as error:
             raise UserError(f"experiment {source}: not readable ({error}); give the URI of a YAML file") from error
     known = shipped()
     path = known.get(source, Path(source))
@@ -223,9 +224,16 @@ def _students(experiment: Experiment, classes: int, ipc: int, size: int) -> tupl
                 preset, written, dataset=experiment.dataset.name, classes=classes, ipc=ipc, size=size, net=net
             ),
         )
+        for text in recipes.without_effect(resolved, written):
+            _say_once(f"students[{index}]: {text}")
         options = recipes.net_options(resolved, choice.net, dict(choice.net_options))
         done.append(Student(net=choice.net, net_options=options, recipe=resolved))
     return tuple(done)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    console.emit({"event": "note", "step": "check", "text": text})
 
 
 def _known(where: str, name: str, allowed: dict[str, Any]) -> None:
