@@ -82,7 +82,7 @@ def _norm(options: Options, side: int) -> list[nn.Module]:
     if options.norm == "batch":
         return [nn.BatchNorm2d(width)]
     if options.norm == "instance":
-        return [nn.GroupNorm(width, width)]  # one group per channel: instance norm, affine, as the field writes it
+        return [nn.InstanceNorm2d(width, affine=True)]  # GroupNorm(width, width) gives the same, 3x slower on CPUs
     if options.norm == "group":
         return [nn.GroupNorm(GROUPS, width)]
     if options.norm == "layer":

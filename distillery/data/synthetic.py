@@ -1,0 +1,64 @@
+"""The synthetic set: what every method returns and every later stage reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distillery.errors import CorruptArtifact, StoreError
+
+FILE = "images.safetensors"
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """K images of each of C classes.
+
+    Attributes:
+        images_u8: [C * K, 3, S, S] uint8, class after class.
+        labels: [C * K] int64, the class of each image.
+        extras: whatever else the method gives, by name (where its pixels came from, learned rates, ...).
+    """
+
+    images_u8: Tensor
+    labels: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images_u8.shape)
+        assert self.images_u8.dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3, (self.images_u8.dtype, shape)
+        assert self.labels.dtype == torch.int64 and self.labels.shape == shape[:1], (self.labels.dtype, shape)
+        assert not {"images", "labels"} & set(self.extras), sorted(self.extras)
+
+    def save(self, folder: Path) -> None:
+        """Write `images.safetensors` into an artifact folder; equal content gives equal bytes.
+
+        Raises:
+            StoreError: the disk is full or not writable.
+        """
+        tensors = {"images": self.images_u8, "labels": self.labels, **self.extras}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"cannot write {folder / FILE}: {error}; free space there and start again") from error
+
+
+def load(folder: Path) -> Synthetic:
+    """Read a synthetic set back.
+
+    Raises:
+        CorruptArtifact: the file is missing, unreadable or holds something else; names it.
+    """
+    path = folder / FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return Synthetic(tensors.pop("images"), tensors.pop("labels"), tensors)
+    except (OSError, SafetensorError, KeyError, AssertionError) as error:
+        raise CorruptArtifact(f"{path}: not a synthetic set ({error}); synthesize it again") from error

@@ -1,0 +1,71 @@
+"""The methods: real images and a frozen teacher in, IPC images per class out.
+
+A method is one module of this package and one line in `METHODS`. The module has
+
+    NEEDS                 a `Needs`: whether it runs the teacher, whether a GPU is worth it
+    Config                frozen, strict options under the field's names; the defaults are the paper's
+    RECIPES               {(data set, ipc): options}; ipc 0 stands for any
+    check(cfg, *, ipc, size, per_class)
+                          raises UserError for values that cannot work. `per_class` holds the training images of each
+                          class, None while they are not known
+    estimate(cfg, *, ipc, classes, size, train=0)
+                          {"forwards": images the teacher will see, "peak_bytes": memory beyond the data and the net};
+                          `train` is the number of real training images, 0 while it is not known
+    synthesize(cfg, real, teacher, *, ipc, seed, classes, track)
+                          a `Synthetic`: `ipc` images of each class in `classes`, in that order
+
+and holds to this:
+
+- Any class made alone equals, bit for bit on CPU, the same class of a full run: randomness comes from
+  `distillery.rng.generator(seed, METHOD, cls)`, and no batch holds images of two classes.
+- Side effects go through `track` alone; a long loop saves its state there and continues from it with the same result.
+- A teacher that gives NaN stops the method with `NonFiniteLoss`.
+- It imports no other method; what several share lies in an underscore file.
+
+`tests/test_methods.py` holds every entry of `METHODS` to this by itself; a new method adds the test of its equations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distillery.config import Options, parse
+from distillery.errors import UserError, choices, nearest
+from distillery.methods import median, random_real, rded
+from distillery.methods._contract import Method, Needs, Teacher
+
+METHODS: dict[str, Method] = {
+    "random": random_real,
+    "median": median,
+    "rded": rded,
+}
+
+__all__ = ["METHODS", "Method", "Needs", "Teacher", "config_of", "find", "module_name"]
+
+
+def find(name: str) -> Method:
+    """The module of a method.
+
+    Raises:
+        UserError: no such method; names the nearest.
+    """
+    if name not in METHODS:
+        raise UserError(f"method {name!r} is unknown{nearest(name, METHODS)}; known: {choices(METHODS)}")
+    return METHODS[name]
+
+
+def module_name(name: str) -> str:
+    """Where a method's code is, below `distillery`: "random" -> "methods.random_real"."""
+    module: Any = find(name)
+    return str(module.__name__).removeprefix("distillery.")
+
+
+def config_of(name: str, options: dict[str, Any], dataset: str, ipc: int) -> Options:
+    """A method's options for one cell: `Config` < `RECIPES[dataset, 0]` < `RECIPES[dataset, ipc]` < `options`.
+
+    Raises:
+        UserError: unknown method, unknown or impossible option.
+    """
+    method = find(name)
+    merged = {**method.RECIPES.get((dataset, 0), {}), **method.RECIPES.get((dataset, ipc), {}), **options}
+    return parse(method.Config, merged, f"options of {name}")

@@ -1,0 +1,165 @@
+"""Shared by the methods that choose among real images: score them with the teacher, batch by batch.
+
+Legend: B batch, N images, C classes, S side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distillery.errors import NonFiniteLoss, UserError
+from distillery.methods._contract import Teacher
+
+if TYPE_CHECKING:
+    from distillery.data.real import Real
+    from distillery.track import Track
+
+# Bytes of the largest activation of one scoring batch. On a CPU more would fall out of the caches (a ConvNet-3 scores
+# twice as fast in batches of 32 as of 256); a GPU wants as much as fits beside everything else.
+ACTIVATION_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
+ALIVE = 3  # activations of that size alive at once: input, output, and one in flight
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A teacher and the number of images it scores at once."""
+
+    teacher: Teacher
+    batch: int
+
+    def losses(self, x_norm: Tensor, cls: int) -> Tensor:
+        """Cross-entropy of each image with class `cls`, -log softmax(T(x))_cls (RDED's realism score, negated).
+
+        Args:
+            x_norm: [N, 3, S, S].
+            cls: class index.
+
+        Returns:
+            [N] float32 on the CPU.
+
+        Raises:
+            NonFiniteLoss: the teacher gives NaN or infinity.
+        """
+        parts = [-functional.log_softmax(self.teacher.logits(x), dim=1)[:, cls] for x in x_norm.split(self.batch)]
+        found = torch.cat(parts).float().cpu()
+        bad = int((~found.isfinite()).sum())
+        if bad:
+            raise NonFiniteLoss(
+                f"the teacher gives {bad} scores of {len(found)} that are not finite for images of class {cls}; check "
+                "its weights and its normalisation, or use precision: fp32"
+            )
+        return found
+
+
+def scorer(teacher: Teacher, real: Real) -> Scorer:
+    """A scorer whose batches suit the teacher's net and device.
+
+    Raises:
+        UserError: the teacher is for another image size or number of classes than the data.
+    """
+    if teacher.size != real.size:
+        raise UserError(
+            f"the teacher takes images of {teacher.size} px and the data set has {real.size} px; train a teacher on "
+            f"this data set, or set dataset.size: {teacher.size}"
+        )
+    device = teacher.compute.device
+    blank = torch.zeros(1, 3, real.size, real.size, device=device)
+    bytes_per_image, outputs = largest_activation(teacher, blank)
+    if outputs != len(real.classes):
+        raise UserError(
+            f"the teacher has {outputs} outputs and the data set {len(real.classes)} classes; train a teacher on this "
+            "data set"
+        )
+    return Scorer(teacher, max(1, ACTIVATION_BYTES[device.type] // bytes_per_image))
+
+
+def largest_activation(teacher: Teacher, x_norm: Tensor) -> tuple[int, int]:
+    """Bytes (in float32) of the largest tensor inside the net for one image, and the number of its outputs."""
+    largest = x_norm.numel()
+
+    def look(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel())
+
+    hooks = [module.register_forward_hook(look) for module in teacher.net.modules()]
+    try:
+        outputs = teacher.logits(x_norm).shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 4 * largest // len(x_norm), outputs
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Images `start`..`stop` of a class's list: what is scored between two looks at the clock."""
+
+    cls: int
+    start: int
+    stop: int
+
+
+def units(counts: Iterable[tuple[int, int]], step: int) -> list[Unit]:
+    """Cut (class, number of images) into units of at most `step` images; none spans two classes."""
+    return [Unit(cls, at, min(n, at + step)) for cls, n in counts for at in range(0, n, step)]
+
+
+def score_all(work: Sequence[Unit], score: Callable[[Unit], Tensor], track: Track) -> dict[int, Tensor]:
+    """Score every unit, with progress and checkpoints.
+
+    The scores are all the state there is, so a restart costs the units since the last checkpoint and changes nothing.
+    The caller clears the checkpoint once its images are made.
+
+    Args:
+        work: units in class order.
+        score: [stop - start, ...] float32 CPU scores of a unit.
+        track: progress and checkpoints.
+
+    Returns:
+        The scores of each class, in the order of its images.
+    """
+    kept = track.load()
+    found, done = ([kept[0]["scores"]], int(kept[1]["units"])) if kept else ([], 0)
+    total = sum(unit.stop - unit.start for unit in work)
+    images = sum(unit.stop - unit.start for unit in work[:done])
+    for index, unit in enumerate(work[done:], start=done):
+        found.append(score(unit))
+        images += unit.stop - unit.start
+        track.log(images, total, what="real images scored")
+        if track.due():
+            found = [torch.cat(found)]
+            track.save({"scores": found[0]}, {"units": index + 1})
+    counts = {unit.cls: unit.stop for unit in work}  # the last unit of a class ends at its number of images
+    return dict(zip(counts, torch.cat(found).split(list(counts.values())), strict=True))
+
+
+def by_class(real: Real) -> list[Tensor]:
+    """Training images of each class as views: [n, 3, R, R] uint8."""
+    images_u8, _ = real.pixels("train")
+    return list(images_u8.split(real.counts("train")))
+
+
+def check_enough(method: str, ipc: int, per_class: list[int] | None) -> None:
+    """Refuse an IPC beyond the smallest class.
+
+    Raises:
+        UserError: names the class and both numbers.
+    """
+    if per_class and ipc > min(per_class):
+        cls = per_class.index(min(per_class))
+        raise UserError(
+            f"{method}: ipc {ipc} is more than the {per_class[cls]} real training images of class {cls}; lower ipc to "
+            f"at most {per_class[cls]}, or give the class more images"
+        )
+
+
+def scoring_bytes(images: int, size: int) -> int:
+    """Memory while `images` images of S x S wait to be scored on a CPU: their floats and the activations."""
+    return ALIVE * ACTIVATION_BYTES["cpu"] + 2 * images * 3 * size * size * 4
