@@ -35,37 +35,46 @@ def table(source: str) -> str:
     info = DATASETS[wanted.dataset.name]
     size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
     speeds = _speeds(wanted, classes, size, compute)
-    teacher_seconds = 0.0
+    images, teacher_seconds = wanted.dataset.per_class * classes or info.train, 0.0
     if not wanted.teacher.weights:
-        shown = wanted.teacher.epochs * (wanted.dataset.per_class * classes or info.train)
+        shown = wanted.teacher.epochs * images
         teacher_seconds = shown / speeds[wanted.teacher.net].training
     lines = [
         f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
         f"  teacher {wanted.teacher.net}: {console.duration(teacher_seconds)}",
-        f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'images':>10s} {'labels':>10s}",
+        f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
     ]
     total = teacher_seconds
     for cell in cells:
-        made, trained = _seconds(cell, classes, size, speeds)
+        made, trained = _seconds(cell, classes, size, images, speeds)
         total += made + trained
-        images, labels_ = console.size(classes * cell.ipc * 3 * size**2), console.size(_label_bytes(cell, classes))
+        pixels, labels_ = console.size(classes * cell.ipc * 3 * size**2), console.size(_label_bytes(cell, classes))
+        memory = console.size(_peak(cell, classes, size, images))
         times = f"{console.duration(made):>11s} {console.duration(trained):>11s}"
-        lines.append(f"  {cell.id:34s} {times} {images:>10s} {labels_:>10s}")
-    data = info.train * 3 * size * size
-    lines.append(f"  together about {console.duration(total)}; data in memory {console.size(data)}")
+        lines.append(f"  {cell.id:34s} {times} {memory:>10s} {pixels:>10s} {labels_:>10s}")
+    lines.append(
+        f"  together about {console.duration(total)}; training images in memory {console.size(images * 3 * size**2)}"
+    )
     return "\n".join(lines)
 
 
-def _seconds(cell: Cell, classes: int, size: int, speeds: dict[str, Speed]) -> tuple[float, float]:
+def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str, Speed]) -> tuple[float, float]:
     method, teacher = methods.find(cell.method), speeds[cell.teacher.net]
     options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
-    forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size)["forwards"]
+    forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)["forwards"]
     trained = 0.0
     for student in cell.students:
         views = student.recipe.epochs * cell.ipc * classes
         trained += views / speeds[student.net].training
         trained += views / teacher.forward if student.recipe.regime == "soft" else 0.0
     return forwards / teacher.forward, trained
+
+
+def _peak(cell: Cell, classes: int, size: int, images: int) -> int:
+    """Bytes of memory synthesis needs beside the training images."""
+    options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
+    found = methods.find(cell.method).estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)
+    return int(found["peak_bytes"])
 
 
 def _label_bytes(cell: Cell, classes: int) -> int:

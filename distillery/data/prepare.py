@@ -1,0 +1,123 @@
+"""A source of real images -> few large shards and an index, checked image by image.
+
+Up to 64 px: uint8 tensors in safetensors. Above: the original files in tar shards that webdataset and tar read.
+`data.json` holds classes, normalisation, the number of images per class and the shards, for photos with the byte
+offset of every image. Images stand class by class, in the source's order inside a class.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillery.data import DATASETS, SIDES, TENSOR_SIDE, Info, _sources
+from distillery.data._items import SPLITS, collect
+from distillery.data._write import Job, State, write
+from distillery.errors import UserError, choices, nearest
+from distillery.files import disk, write_atomic
+
+if TYPE_CHECKING:
+    from distillery.config import DatasetConfig
+    from distillery.track import Track
+
+SCHEMA = 1
+INDEX = "data.json"
+
+
+def prepare(cfg: DatasetConfig, out: Path, track: Track) -> dict[str, Any]:
+    """Write shards and `data.json` of one data set; continues after the last checkpointed shard.
+
+    Args:
+        cfg: which data set, and where it is.
+        out: the artifact's folder; shards of an earlier, other attempt are removed.
+        track: progress and checkpoints.
+
+    Returns:
+        The manifest's `meta`: name, kind, classes, size, mean, std, images and counts per split, unreadable images.
+
+    Raises:
+        UserError: unknown name, size out of range, missing or odd layout, empty class, unreadable images.
+        StoreError: the disk or the object store failed.
+    """
+    info = _info(cfg)
+    size = cfg.size or info.size
+    kind = "pixels" if size <= TENSOR_SIDE else "photos"
+    _warn_of_no_effect(cfg, kind, track)
+    items = collect(cfg, size, kind, track)
+    with disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / INDEX).unlink(missing_ok=True)
+        state = write(Job(cfg, size, kind, items, out, track))
+    _check_counts(cfg, items.classes, state)
+    facts = _facts(info, size, kind, items.classes)
+    _write_index(out, facts, cfg.store if kind == "photos" else "", state)
+    track.clear()
+    return facts | _totals(state)
+
+
+def class_names(cfg: DatasetConfig) -> tuple[str, ...]:
+    """Class names in class order, before anything is prepared: known, or found by listing an imagefolder.
+
+    Raises:
+        UserError: unknown name; missing or odd layout of an imagefolder.
+    """
+    return _info(cfg).classes or _sources.class_names(cfg)
+
+
+def _info(cfg: DatasetConfig) -> Info:
+    if cfg.name not in DATASETS:
+        raise UserError(f"dataset {cfg.name!r} is not one of {choices(DATASETS)}{nearest(cfg.name, DATASETS)}")
+    info = DATASETS[cfg.name]
+    low, high = SIDES[0], SIDES[1] if info.kind == "photos" else TENSOR_SIDE
+    if cfg.size and not low <= cfg.size <= high:
+        raise UserError(
+            f"dataset {info.name}: size {cfg.size} is out of range; use {low} to {high} pixels, "
+            f"or 0 for the data set's own {info.size}"
+        )
+    return info
+
+
+def _warn_of_no_effect(cfg: DatasetConfig, kind: str, track: Track) -> None:
+    if cfg.store and kind == "pixels":
+        track.note(f"store: {cfg.store} has no effect: sets up to {TENSOR_SIDE} px travel inside the artifact")
+    if cfg.name == "digits" and (cfg.root or cfg.download):
+        track.note("root and download have no effect: digits come with scikit-learn")
+
+
+def _check_counts(cfg: DatasetConfig, classes: tuple[str, ...], state: State) -> None:
+    empty = [cls for cls, count in zip(classes, state.counts["train"], strict=True) if not count]
+    if empty:
+        raise UserError(
+            f"dataset {cfg.name}: no readable training image in the classes {choices(empty)}; "
+            f"unreadable: {choices(state.skipped[:5])}; repair them or remove the classes"
+        )
+    if not any(state.counts["val"]):
+        raise UserError(f"dataset {cfg.name}: no readable validation image; unreadable: {choices(state.skipped[:5])}")
+
+
+def _facts(info: Info, size: int, kind: str, classes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "kind": kind,
+        "classes": list(classes),
+        "size": size,
+        "mean": list(info.mean),
+        "std": list(info.std),
+    }
+
+
+def _totals(state: State) -> dict[str, Any]:
+    return {
+        "counts": state.counts,
+        "images": {split: sum(state.counts[split]) for split in SPLITS},
+        "bytes": sum(record["bytes"] for split in SPLITS for record in state.shards[split]),
+        "unreadable": len(state.skipped),
+        "skipped": state.skipped,
+    }
+
+
+def _write_index(out: Path, facts: dict[str, Any], store: str, state: State) -> None:
+    splits = {split: {"counts": state.counts[split], "shards": state.shards[split]} for split in SPLITS}
+    index = {"schema": SCHEMA, **facts, "store": store, "splits": splits}
+    write_atomic(out / INDEX, json.dumps(index, separators=(",", ":")).encode() + b"\n")
