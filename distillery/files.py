@@ -112,3 +112,8 @@ def _sweep(path: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD_PART:
                     os.unlink(entry.path)
+
+
+def cache_root() -> Path:
+    """The local cache, safe to delete at any time: the folder named by DISTILLERY_CACHE, else ~/.cache/distillery."""
+    return Path(os.environ.get("DISTILLERY_CACHE") or "~/.cache/distillery").expanduser()

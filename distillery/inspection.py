@@ -8,7 +8,7 @@ from pathlib import Path
 from distillery import artifact, console
 from distillery import methods as registry
 from distillery.artifact import Manifest
-from distillery.run import cache
+from distillery.files import cache_root
 from distillery.store import open_store
 
 
@@ -23,7 +23,7 @@ def describe(place: str) -> str:
         StoreError: the store does not answer.
     """
     if place.startswith("s3://"):
-        store, folder = open_store(place), cache() / "inspect" / place.removeprefix("s3://")
+        store, folder = open_store(place), cache_root() / "inspect" / place.removeprefix("s3://")
         found = store.pull("", folder)
     else:
         found = artifact.read(Path(place.removeprefix("file://")))

@@ -18,6 +18,7 @@ from typing import Any
 from distillery import artifact, experiment, steps
 from distillery.config import Experiment
 from distillery.errors import UserError
+from distillery.files import cache_root
 from distillery.store import Store, open_store
 
 NAME_FILE = "experiment.name"
@@ -30,11 +31,6 @@ class Done:
     report: Path
     uri: str
     failures: list[str]
-
-
-def cache() -> Path:
-    """The local cache: `DISTILLERY_CACHE`, else ~/.cache/distillery."""
-    return Path(os.environ.get("DISTILLERY_CACHE", "~/.cache/distillery")).expanduser()
 
 
 def run(source: str, out: str) -> Done:
@@ -55,7 +51,7 @@ def run(source: str, out: str) -> Done:
     wanted = experiment.load(source)
     store = open_store(out)
     remote = out.startswith("s3://")
-    local = cache() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16] if remote else _folder(out)
+    local = cache_root() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16] if remote else _folder(out)
     with store.hold("run"):
         _claim(store, wanted, out)
         store.write("experiment.yaml", text.encode())

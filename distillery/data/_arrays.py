@@ -20,7 +20,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 
 from distillery.data import DATASETS, Info
-from distillery.data._cache import download, downloads
+from distillery.data._downloads import download, downloads
 from distillery.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from distillery.data import _decode
-from distillery.data._cache import cache_root
 from distillery.data._parallel import ordered
 from distillery.errors import CorruptArtifact, StoreError
-from distillery.files import disk, sha256_of
+from distillery.files import cache_root, disk, sha256_of
 
 if TYPE_CHECKING:
     from distillery.track import Track

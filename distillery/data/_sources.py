@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from torchvision import datasets
 
 from distillery.data import DATASETS, Info
-from distillery.data._cache import download, downloads
 from distillery.data._decode import SUFFIXES
+from distillery.data._downloads import download, downloads
 from distillery.errors import UserError, choices, nearest
 from distillery.files import disk
 

@@ -1,17 +1,12 @@
-"""The local cache (safe to delete at any time), and what torchvision downloads into it or into a root."""
+"""What torchvision downloads, into the local cache or into a root."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from distillery.errors import DistilleryError
-
-
-def cache_root() -> Path:
-    """The folder named by DISTILLERY_CACHE, else ~/.cache/distillery."""
-    return Path(os.environ.get("DISTILLERY_CACHE") or "~/.cache/distillery").expanduser()
+from distillery.files import cache_root
 
 
 def downloads(name: str) -> Path:
