@@ -16,7 +16,7 @@ from distillery.errors import StoreError, UserError
 
 OLD_PART = 3600.0  # seconds after which a `.part` file is a dead process's leftover
 TICK = 50_000_000  # ns; file times advance in ticks, so a younger file can change without showing it
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 _hashes: dict[tuple[str, int, int], str] = {}  # (path, size, mtime_ns) -> sha256

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
-from distillery.errors import NonFiniteLoss, StoreError
+from distillery.errors import NonFiniteLoss
+from distillery.files import write_atomic
 
 Say = Callable[[dict[str, Any]], None]
 CHECKPOINT = "checkpoint"
@@ -91,21 +91,12 @@ class Track:
             values: everything else, as JSON.
 
         Raises:
-            StoreError: the disk is full or not writable.
+            StoreError, UserError: the disk is full or not writable.
         """
         if self._file is None:
             return
-        part = self._file.with_suffix(".part")
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(plain, part, metadata={"values": json.dumps(values)})
-            os.replace(part, self._file)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"cannot write the checkpoint {self._file}: {error}; free space there or choose another output folder, "
-                "then start again (finished artifacts are kept)"
-            ) from error
+        write_atomic(self._file, to_bytes(plain, metadata={"values": json.dumps(values)}))
         if self._mirror is not None:
             self._mirror(self._file)
         self._saved = time.monotonic()

@@ -185,7 +185,7 @@ def test_files_that_are_cut_absent_or_folders_are_named(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"file/w\.safetensors: the weights could not be written"):
+    with pytest.raises(UserError, match=r"file/w\.safetensors cannot be written"):
         pretrained.save(small(), tmp_path / "file" / "w.safetensors")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distillery.errors import NonFiniteLoss, StoreError
+from distillery.errors import NonFiniteLoss, UserError
 from distillery.track import FILE, Track
 
 
@@ -75,5 +75,5 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(tmp_path: Path) -> N
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match="file"):
+    with pytest.raises(UserError, match="file"):
         Track(folder=tmp_path / "file").save({}, {})

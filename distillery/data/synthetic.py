@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distillery.errors import CorruptArtifact, StoreError
+from distillery.errors import CorruptArtifact
+from distillery.files import write_atomic
 
 FILE = "images.safetensors"
 
@@ -39,14 +40,11 @@ class Synthetic:
         """Write `images.safetensors` into an artifact folder; equal content gives equal bytes.
 
         Raises:
-            StoreError: the disk is full or not writable.
+            StoreError, UserError: the disk is full or not writable.
         """
         tensors = {"images": self.images_u8, "labels": self.labels, **self.extras}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / FILE)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"cannot write {folder / FILE}: {error}; free space there and start again") from error
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomic(folder / FILE, to_bytes(plain))
 
 
 def load(folder: Path) -> Synthetic:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distillery.errors import StoreError, UserError, choices, nearest
-from distillery.files import sha256_of
+from distillery.files import sha256_of, write_atomic
 from distillery.nets import zoo
 from distillery.nets.head import classifier_name
 
@@ -70,20 +69,10 @@ def save(net: nn.Module, path: Path) -> None:
     """Write a net's weights as safetensors, atomically; equal weights give equal bytes.
 
     Raises:
-        StoreError: the disk is full or not writable.
+        StoreError, UserError: the disk is full or not writable.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(state, part, metadata={"format": "pt"})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            part.unlink()
-        raise StoreError(
-            f"{path}: the weights could not be written ({error}); free space or choose another folder"
-        ) from error
+    write_atomic(path, safetensors.torch.save(state, metadata={"format": "pt"}))
 
 
 def class_names(source: str, name: str) -> tuple[str, ...]:

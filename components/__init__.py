@@ -1,0 +1,24 @@
+"""The pipeline's components in the order in which they run: thin skins over `distillery.steps`."""
+
+# ruff: noqa: I001 - flow order says more than the alphabet
+from components._step import IMAGE
+from components.plan import plan
+from components.prepare_data import prepare_data
+from components.train_teacher import train_teacher
+from components.synthesize import synthesize
+from components.relabel import relabel
+from components.evaluate_student import evaluate_student
+from components.report import report
+from components.verdict import verdict
+
+__all__ = [
+    "IMAGE",
+    "plan",
+    "prepare_data",
+    "train_teacher",
+    "synthesize",
+    "relabel",
+    "evaluate_student",
+    "report",
+    "verdict",
+]

@@ -1,0 +1,44 @@
+"""Results of all cells -> report artifact and what the KFP UI shows of it."""
+
+import functools
+from typing import Dict, List
+
+from kfp.dsl import HTML, Artifact, Input, Markdown, Metrics, Output
+
+from components._step import step
+
+
+def show(folder: str, page: str, table: str) -> Dict[str, float]:
+    """Copy the report's page and table to where the UI looks for them; return its named numbers."""
+    import json
+    import pathlib
+    import shutil
+
+    made = pathlib.Path(folder)
+    shutil.copyfile(made / "report.html", page)
+    shutil.copyfile(made / "report.md", table)
+    numbers: Dict[str, float] = json.loads((made / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    return numbers
+
+
+@functools.partial(step, additional_funcs=[show])
+def report(
+    experiment: str,
+    results: Input[List[Artifact]],
+    summary: Output[Artifact],
+    page: Output[HTML],
+    table: Output[Markdown],
+    metrics: Output[Metrics],
+    code_version: str = "",
+    s3_endpoint: str = "",
+) -> List[str]:
+    """Leaderboard, curves and image grids of the cells that worked; returns what failed, one line per cell."""
+    import os
+
+    from distillery import steps
+
+    if s3_endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    failures = steps.report(experiment, [result.path for result in results], summary.path, code_version)
+    metrics.metadata.update(show(summary.path, page.path, table.path))
+    return failures

@@ -1,0 +1,25 @@
+"""Dataset and teacher -> synthetic artifact of one cell."""
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components._step import facts, step
+
+
+@step
+def synthesize(
+    cell: dict,
+    data: Input[Dataset],
+    teacher: Input[Model],
+    synthetic: Output[Dataset],
+    attempt: str = "1",
+    checkpoints: str = "",
+    s3_endpoint: str = "",
+) -> None:
+    """A few images per class by the cell's method. `attempt` changes nothing but KFP's cache key."""
+    import os
+
+    from distillery import steps
+
+    if s3_endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    synthetic.metadata.update(facts(steps.synthesize(cell, data.path, teacher.path, synthetic.path, checkpoints)))

@@ -1,0 +1,19 @@
+"""Dataset -> teacher artifact."""
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components._step import facts, step
+
+
+@step
+def train_teacher(
+    experiment: str, data: Input[Dataset], teacher: Output[Model], checkpoints: str = "", s3_endpoint: str = ""
+) -> None:
+    """Train the teacher, or take given weights, and stop here when its accuracy misses the gate."""
+    import os
+
+    from distillery import steps
+
+    if s3_endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    teacher.metadata.update(facts(steps.train_teacher(experiment, data.path, teacher.path, checkpoints)))

@@ -1,0 +1,1 @@
+"""The Kubeflow pipeline, its compiled package, and the commands around it."""

@@ -1,0 +1,94 @@
+"""What the steps' pods ask for: one table, and the functions that put it on a task.
+
+CPU, memory and GPUs of a step are pipeline parameters, those of a cell are the cell's own strings, so none of them
+needs an edit here. What KFP takes only as a constant (shared memory, deadline, caching) stands in the table alone.
+
+No step has `set_retry`: its deadline of one hour counts from the first start, and as KFP ships it retries neither exit
+codes nor lost pods. Steps are resumed instead: submit again, or ask the API to retry the failed run.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Dict, List
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+
+MINUTES, HOURS = 60, 3600
+CELLS_AT_ONCE = 8  # pods of the loop; a cluster without room for so many queues them
+NO_TOLERATIONS: List[dict] = []
+ANY_NODE: Dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Need:
+    """One step's row. `cpu`, `memory` and `gpus` are defaults of parameters, or "" where the cell brings its own."""
+
+    cpu: str
+    memory: str
+    gpus: str  # "0": runs without, but takes what the parameter says; "": never asks for one
+    shm: str  # /dev/shm, counted against memory; without it a pod has 64 MiB
+    deadline: int  # seconds from the pod's start; ends what hangs (a missing secret, a lost node) as well
+    cached: bool  # may KFP reuse the outputs of an equal earlier task?
+
+
+NEEDS = {
+    # plan reads what a URI points to, so equal arguments may mean another experiment; report and verdict cost nothing.
+    "plan": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
+    "prepare_data": Need("4", "8Gi", "", "1Gi", 24 * HOURS, cached=True),
+    "train_teacher": Need("4", "16Gi", "0", "1Gi", 72 * HOURS, cached=True),
+    "synthesize": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
+    "relabel": Need("", "", "", "1Gi", 24 * HOURS, cached=True),
+    "evaluate_student": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
+    "report": Need("1", "4Gi", "", "64Mi", 2 * HOURS, cached=False),
+    "verdict": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
+}
+
+# An arbitrary user has no home of its own, and /tmp is the one place where it may write.
+HOME = {
+    "HOME": "/tmp",
+    "XDG_CACHE_HOME": "/tmp/.cache",
+    "TORCH_HOME": "/tmp/.cache/torch",
+    "MPLCONFIGDIR": "/tmp/.cache/matplotlib",
+}
+# Keys of the secret, as in KFP's own; each of them may be missing, and so may the secret.
+SECRET = {
+    "accesskey": "AWS_ACCESS_KEY_ID",
+    "secretkey": "AWS_SECRET_ACCESS_KEY",
+    "sessiontoken": "AWS_SESSION_TOKEN",
+    "region": "AWS_REGION",
+}
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What all pods of a run have in common; every value is a pipeline parameter."""
+
+    image: Any
+    gpu_type: Any  # name of the accelerator resource, for example nvidia.com/gpu
+    tolerations: Any
+    node_selector: Any
+    s3_secret: Any
+
+
+def fit(task: PipelineTask, pods: Pods, cpu: Any = "", memory: Any = "", gpus: Any = "") -> PipelineTask:
+    """Give a task its image, limits, place, secret and deadline.
+
+    Args:
+        task: a task of one of the components in `NEEDS`.
+        pods: what it has in common with the others.
+        cpu, memory, gpus: parameters (strings) that replace the table's values.
+    """
+    need = NEEDS[task.component_spec.name.replace("-", "_")]
+    task.set_container_image(pods.image).set_caching_options(need.cached)
+    task.set_cpu_limit(cpu or need.cpu).set_memory_limit(memory or need.memory)
+    if gpus or need.gpus:
+        task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(gpus or need.gpus)
+    for name, value in HOME.items():
+        task.set_env_variable(name, value)
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=need.shm)
+    kubernetes.set_timeout(task, need.deadline)
+    kubernetes.set_security_context(task, run_as_user=1000, run_as_group=1000, run_as_non_root=True)
+    kubernetes.use_secret_as_env(task, pods.s3_secret, SECRET, optional=True)
+    kubernetes.add_toleration_json(task, pods.tolerations)
+    kubernetes.add_node_selector_json(task, pods.node_selector)
+    return task

@@ -1,0 +1,158 @@
+"""The KFP skin: every component is one thin, self-contained call of a step, and tells KFP only what KFP can keep."""
+
+import ast
+import inspect
+import json
+import math
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+
+import components
+import distillery
+from components._step import facts
+from components.evaluate_student import scores
+from distillery import artifact
+from distillery.config import Cell, parse
+from distillery.errors import DistilleryError, UserError
+
+ALL = [name for name in components.__all__ if name != "IMAGE"]
+EXPERIMENT = """
+name: small
+dataset: {name: digits, per_class: 4}
+teacher: {net: convnet1, net_options: {width: 4}, epochs: 1, batch: 32}
+methods: [{method: random, ipc: [1], seeds: [0, 1]}]
+students: [{net: convnet1, net_options: {width: 4}, recipe: {preset: fair-soft, epochs: 1}}]
+device: cpu
+"""
+
+
+def source(name: str) -> str:
+    """The Python that KFP puts into the component's pod."""
+    return str(getattr(components, name).component_spec.implementation.container.command[-1])
+
+
+def body(name: str) -> list[ast.stmt]:
+    """The statements of a component's function after its docstring."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(getattr(components, name).python_func))).body
+    assert isinstance(function, ast.FunctionDef)
+    return function.body[1:] if ast.get_docstring(function) else function.body
+
+
+def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]], str]:
+    """The cells and the upstream text that `plan` gives for an experiment."""
+    tmp_path.mkdir(exist_ok=True)
+    cells = components.plan.python_func(text, str(tmp_path / "upstream"), **more)
+    return cells, (tmp_path / "upstream").read_text()
+
+
+def test_they_stand_in_flow_order() -> None:
+    before, inside, after = ["plan", "prepare_data", "train_teacher"], ["synthesize", "relabel"], ["report", "verdict"]
+    assert [*before, *inside, "evaluate_student", *after] == ALL
+
+
+def test_image_is_tagged_with_the_version() -> None:
+    assert components.IMAGE.rpartition(":")[2] == distillery.__version__
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_component_is_a_thin_skin_that_installs_nothing(name: str) -> None:
+    container = getattr(components, name).component_spec.implementation.container
+    assert container.image == components.IMAGE
+    assert "pip install" not in " ".join(container.command)
+    assert 2 <= len(body(name)) <= 6
+    assert f"steps.{name}(" in source(name), "the component and its step carry one name"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pod_source_compiles_alone_and_imports_only_steps(name: str) -> None:
+    tree = ast.parse(source(name))
+    found = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    found += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    allowed = {"kfp", "typing", "json", "math", "os", "pathlib", "re", "shutil", "distillery"}
+    assert {name.split(".")[0] for name in found} <= allowed
+    assert all(f"from {m} import" not in source(name) for m in ("distillery.store", "distillery.data", "components"))
+
+
+def test_facts_are_strings_and_finite_numbers() -> None:
+    kept = {"images": 10, "accuracy": 0.5, "method": "rded"}
+    lost = {"classes": ["a"], "bad": math.nan, "far": math.inf, "on": True, "none": None}
+    manifest = artifact.Manifest("synthetic", "synthesize", {}, {}, kept | lost, {}, "1", {})
+    found = facts(manifest)
+    assert found == {"kind": "synthetic", "fingerprint": manifest.fingerprint, "code_version": "1"} | kept
+    assert all(isinstance(v, str) or (not isinstance(v, bool) and math.isfinite(v)) for v in found.values())
+
+
+def test_scores_are_percent_per_student_and_say_when_the_cell_failed(tmp_path: Path) -> None:
+    assert scores(str(tmp_path)) == {"failed": 1.0}
+    students = [
+        {"net": "convnet3", "recipe": r, "acc_last": 0.5, "acc_best": 0.75}
+        for r in ("fair-soft(lr=1)", "fair-soft(lr=1)")
+    ]
+    (tmp_path / "result.json").write_text(json.dumps({"students": students}))
+    found = scores(str(tmp_path))
+    assert found["failed"] == 0.0
+    assert found["acc_last_0_convnet3_fair_soft_lr_1"] == 50.0
+    assert found["acc_best_1_convnet3_fair_soft_lr_1"] == 75.0
+    assert len(found) == 5, "two students of one name keep their own numbers"
+
+
+def test_upstream_changes_with_data_teacher_and_code_but_not_with_methods(tmp_path: Path) -> None:
+    cells, upstream = planned(tmp_path, EXPERIMENT)
+    assert [cell["id"] for cell in cells] == ["random-ipc1-seed0", "random-ipc1-seed1"]
+    other = EXPERIMENT.replace("seeds: [0, 1]", "seeds: [5]").replace("name: small", "name: other")
+    assert planned(tmp_path / "b", other)[1] == upstream
+    for old, new in (("per_class: 4", "per_class: 5"), ("epochs: 1, batch", "epochs: 2, batch")):
+        assert planned(tmp_path / "c", EXPERIMENT.replace(old, new))[1] != upstream
+    assert planned(tmp_path / "d", EXPERIMENT, code_version="9")[1] != upstream
+    assert planned(tmp_path / "e", upstream)[1] == upstream, "it is an experiment itself"
+
+
+def test_numbers_that_kfp_turned_into_floats_do_not_change_a_cell(tmp_path: Path) -> None:
+    (cell, _), _ = planned(tmp_path, EXPERIMENT)
+    as_kfp = json.loads(json.dumps(cell), parse_int=float)
+    assert isinstance(as_kfp["ipc"], float)
+    assert parse(Cell, as_kfp, "cell") == parse(Cell, cell, "cell")
+
+
+def test_endpoint_parameter_reaches_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://set.before:1")
+    planned(tmp_path, EXPERIMENT)
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://set.before:1", "an empty parameter leaves the environment alone"
+    planned(tmp_path, EXPERIMENT, s3_endpoint="http://store.example:9000")
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://store.example:9000"
+
+
+def test_faulty_experiment_stops_in_plan(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ipcs"):
+        planned(tmp_path, EXPERIMENT.replace("ipc:", "ipcs:"))
+
+
+def test_failed_cell_passes_through_and_verdict_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cell, _), upstream = planned(tmp_path, EXPERIMENT.replace("ipc: [1]", "ipc: [9]"))
+    folder = {name: str(tmp_path / name) for name in ("data", "teacher", "synthetic", "labels", "result")}
+    data, teacher = dsl.Dataset(uri=folder["data"]), dsl.Model(uri=folder["teacher"])
+    made, labels = dsl.Dataset(uri=folder["synthetic"]), dsl.Artifact(uri=folder["labels"])
+    result, metrics = dsl.Artifact(uri=folder["result"]), dsl.Metrics()
+    components.prepare_data.python_func(upstream, data)
+    components.train_teacher.python_func(upstream, data, teacher)
+    components.synthesize.python_func(cell, data, teacher, made)
+    components.relabel.python_func(cell, made, teacher, labels)
+    components.evaluate_student.python_func(cell, data, teacher, made, labels, result, metrics)
+    assert made.metadata["kind"] == result.metadata["kind"] == "failure"
+    assert metrics.metadata == {"failed": 1.0}
+    page, table = dsl.HTML(uri=str(tmp_path / "page")), dsl.Markdown(uri=str(tmp_path / "table"))
+    summary, shown = dsl.Artifact(uri=str(tmp_path / "summary")), dsl.Metrics()
+    failures = components.report.python_func(EXPERIMENT, [result], summary, page, table, shown)
+    assert shown.metadata["cells_failed"] == 1
+    assert "<html" in Path(page.path).read_text()
+    assert len(failures) == 1
+    with pytest.raises(DistilleryError, match="1 of the cells failed"):
+        components.verdict.python_func(failures)
+    assert "attempt" in capsys.readouterr().out
+    components.verdict.python_func([])
+    assert not capsys.readouterr().out
