@@ -35,17 +35,17 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="where artifacts go (folder or s3://); an earlier run continues")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a value")
     asked = parser.parse_args()
-    text = experiment.override(asked.experiment, asked.set)
+    text, _ = experiment.read(experiment.override(asked.experiment, asked.set))
     done = run.run(text, asked.work)
-    keep(asked.experiment, text, done.report, Path(asked.work), asked.out)
+    keep(text, done.report, Path(asked.work), asked.out)
     print((asked.out / "report.md").read_text())
     sys.exit(1 if done.failures else 0)
 
 
-def keep(source: str, text: str, report: Path, work: Path, out: Path) -> None:
+def keep(text: str, report: Path, work: Path, out: Path) -> None:
     """Copy the evidence: what was asked, what came out, on what."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "experiment.yaml").write_text(experiment.read(source)[0])
+    (out / "experiment.yaml").write_text(text)
     for name in KEPT:
         shutil.copyfile(report / name, out / name)
     if (work / "log.jsonl").exists():

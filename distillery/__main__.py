@@ -110,22 +110,22 @@ def main() -> None:
     except typer.Abort:
         status = 130
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to continue where it stopped", file=sys.stderr)
         status = 130
     except OSError as error:
         place = f" {error.filename}" if error.filename else ""
         print(
-            f"error: {error.strerror or error}{place}; free space or choose another folder, then start again",
+            f"error: {error.strerror or error}{place}; check that place and its disk, then start again",
             file=sys.stderr,
         )
         status = 1
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
+        show = getattr(error, "show", None)  # a usage error: typer brings a click of its own now
+        if show is None:
             raise
-        error.show()
-        status = error.exit_code
+        show()
+        status = error.exit_code  # type: ignore[attr-defined]
+    if status == 130:
+        print("interrupted; start the same command again to continue where it stopped", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 

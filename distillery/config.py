@@ -204,7 +204,7 @@ class Experiment(Strict):
 M = TypeVar("M", bound=BaseModel)
 
 
-class _NoDuplicates(yaml.SafeLoader):  # type: ignore[misc,unused-ignore] - PyYAML may come without types
+class _NoDuplicates(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """YAML that refuses a key written twice (PyYAML keeps the last one silently)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -10,9 +10,11 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from distillery.errors import UserError, choices
+from distillery.files import disk
 
 FORMS = ("plain", "quiet", "json")
 
@@ -32,7 +34,7 @@ def form() -> str:
 def emit(event: dict[str, Any]) -> None:
     """Show one event and append it to the events file."""
     if path := os.environ.get("DISTILLERY_EVENTS"):
-        with open(path, "a", encoding="utf-8") as file:
+        with disk(Path(path)), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
     chosen = form()
     if chosen == "json":

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from distillery import console, experiment, labels, methods, nets
+from distillery import student as student_module
 from distillery.config import Cell, Experiment
 from distillery.data import DATASETS
 from distillery.device import Compute, choose, hardware
@@ -59,12 +60,16 @@ def table(source: str) -> str:
 
 
 def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str, Speed]) -> tuple[float, float]:
+    val = DATASETS[cell.dataset.name].val
     method, teacher = methods.find(cell.method), speeds[cell.teacher.net]
     options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
     forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)["forwards"]
     trained = 0.0
     for student in cell.students:
         views = student.recipe.epochs * cell.ipc * classes
+        exams = student_module.evaluation_epochs(student.recipe.epochs, student.recipe.evaluate_every).values()
+        shown = sum(val if full else min(val, student_module.SAMPLE) for full in exams)
+        trained += shown / speeds[student.net].forward
         trained += views / speeds[student.net].training
         trained += views / teacher.forward if student.recipe.regime == "soft" else 0.0
     return forwards / teacher.forward, trained

@@ -19,7 +19,8 @@ from distillery import artifact, console
 from distillery.code_version import digest
 from distillery.config import Cell, plain
 from distillery.device import Compute, hardware
-from distillery.errors import UserError
+from distillery.errors import DistilleryError, UserError
+from distillery.files import disk
 from distillery.track import CHECKPOINT, Track
 
 Copy = Callable[[Path], None]
@@ -76,18 +77,17 @@ class Execution:
     @contextlib.contextmanager
     def running(self) -> Iterator[bool]:
         """Yield whether there is work to do; afterwards finish the artifact, or record the cell's failure."""
-        self._began = time.monotonic()
+        self._began, handed = time.monotonic(), False
         self._emit("started")
         try:
             failed = next((n for n, m in self.spec.sources.items() if m.kind == "failure"), None)
             if failed is not None:
                 self._pass_on(self.spec.inputs[failed])
-                yield False
-            elif self._kept():
-                yield False
-            else:
+            elif not self._kept():
                 self.out.mkdir(parents=True, exist_ok=True)
-                yield True
+                handed = True
+                with disk(self.out):
+                    yield True
                 self._finish(self.spec.kind)
                 self._emit("finished", self.summary)
         except Exception as error:
@@ -95,12 +95,14 @@ class Execution:
             if self.spec.cell is None or self.spec.cell.stop_on_failure:
                 raise
             self._record(error)
+        if not handed:
+            yield False
 
     def track(self) -> Track:
         """Progress and checkpoints of this step; with a checkpoint store, copies live there under the step's key."""
         cell = {"cell": self.spec.cell.id} if self.spec.cell else {}
-        folder = self.out / CHECKPOINT
-        every = float(os.environ.get("DISTILLERY_CHECKPOINT_SECONDS", "20"))
+        folder = self.out / CHECKPOINT / self.spec.key
+        every = _seconds()
         mirror, restore = _mirrored(self.checkpoints, f"{self.spec.name}-{self.spec.key}", folder)
         return Track(
             lambda event: console.emit({"step": self.spec.name} | cell | event), folder, every, mirror, restore
@@ -125,14 +127,17 @@ class Execution:
         return True
 
     def _finish(self, kind: str) -> None:
-        if kind != "failure":
+        inputs = dict(self.spec.inputs)
+        if kind == "failure":
+            inputs = {name: folder for name, folder in inputs.items() if _is_readable(folder)}
+        else:
             shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
         self.manifest = artifact.finish(
             self.out,
             kind=kind,
             step=self.spec.name,
             config=self.spec.config,
-            inputs=dict(self.spec.inputs),
+            inputs=inputs,
             meta=self.meta,
             seconds=time.monotonic() - self._began,
             hardware=hardware(self.spec.compute) if self.spec.compute else "",
@@ -168,6 +173,22 @@ class Execution:
         if status != "started":
             event["seconds"] = round(time.monotonic() - self._began, 3)
         console.emit(event | ({"summary": summary} if summary else {}) | {"path": str(self.out)})
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        artifact.read(folder, verify=False)
+    except DistilleryError:
+        return False
+    return True
+
+
+def _seconds() -> float:
+    text = os.environ.get("DISTILLERY_CHECKPOINT_SECONDS") or "20"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"DISTILLERY_CHECKPOINT_SECONDS is {text!r}; give a number of seconds, like 20") from error
 
 
 def clear(folder: Path) -> None:

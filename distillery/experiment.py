@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from distillery import console, methods, nets, recipes
@@ -227,8 +228,15 @@ def _students(experiment: Experiment, classes: int, ipc: int, size: int) -> tupl
         for text in recipes.without_effect(resolved, written):
             _say_once(f"students[{index}]: {text}")
         options = recipes.net_options(resolved, choice.net, dict(choice.net_options))
+        _at(f"students[{index}]", _try_net, choice.net, classes, size, options)
         done.append(Student(net=choice.net, net_options=options, recipe=resolved))
     return tuple(done)
+
+
+def _try_net(name: str, classes: int, size: int, options: dict[str, Any]) -> None:
+    """Build the net without memory or arithmetic: images too small for it show now, not after the teacher."""
+    with torch.device("meta"):
+        nets.build(name, classes, size, **options)
 
 
 @functools.cache

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from distillery import artifact, console
 from distillery import methods as registry
 from distillery.artifact import Manifest
 from distillery.files import cache_root
 from distillery.store import open_store
+from distillery.store.local import LocalStore
 
 
 def describe(place: str) -> str:
@@ -22,11 +22,11 @@ def describe(place: str) -> str:
         CorruptArtifact: unfinished, too new, or changed since it was written.
         StoreError: the store does not answer.
     """
-    if place.startswith("s3://"):
-        store, folder = open_store(place), cache_root() / "inspect" / place.removeprefix("s3://")
-        found = store.pull("", folder)
+    store = open_store(place)
+    if isinstance(store, LocalStore):
+        found = artifact.read(store.root)
     else:
-        found = artifact.read(Path(place.removeprefix("file://")))
+        found = store.pull("", cache_root() / "inspect" / place.removeprefix("s3://"))
     return "\n".join(_lines(place, found))
 
 

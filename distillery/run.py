@@ -10,6 +10,7 @@ pushed when it is finished, pulled when a later step needs it, and checkpoints a
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from distillery.config import Experiment
 from distillery.errors import UserError
 from distillery.files import cache_root
 from distillery.store import Store, open_store
+from distillery.store.local import LocalStore
 
 NAME_FILE = "experiment.name"
 
@@ -49,9 +51,11 @@ def run(source: str, out: str) -> Done:
     """
     text, _ = experiment.read(source)
     wanted = experiment.load(source)
+    experiment.cells(wanted)
+    _check_report()
     store = open_store(out)
-    remote = out.startswith("s3://")
-    local = cache_root() / "runs" / hashlib.sha256(store.uri.encode()).hexdigest()[:16] if remote else _folder(out)
+    remote, name = not isinstance(store, LocalStore), hashlib.sha256(store.uri.encode()).hexdigest()[:16]
+    local = store.root if isinstance(store, LocalStore) else cache_root() / "runs" / name
     with store.hold("run"):
         _claim(store, wanted, out)
         store.write("experiment.yaml", text.encode())
@@ -78,6 +82,7 @@ class _Run:
         cells = steps.plan(self.text)
         data = self._place("1-data", cells[0]["dataset"]["name"], steps.dataset_spec(self.text).key)
         self._step(data, lambda out: steps.prepare_data(self.text, out, checkpoints))
+        steps.check_counts(cells, data)
         teacher = self._place("2-teachers", cells[0]["teacher"]["net"], steps.teacher_spec(self.text, data).key)
         self._step(teacher, lambda out: steps.train_teacher(self.text, data, out, checkpoints))
         results = [self._cell(cell, data, teacher, checkpoints) for cell in cells]
@@ -110,8 +115,12 @@ class _Run:
             self.remote.push(folder, key)
 
 
-def _folder(out: str) -> Path:
-    return Path(out.removeprefix("file://")).expanduser()
+def _check_report() -> None:
+    for name in ("jinja2", "markupsafe", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"the report needs {name}; run: pip install 'distillery[report]'") from error
 
 
 def _claim(store: Store, wanted: Experiment, out: str) -> None:

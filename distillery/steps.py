@@ -54,6 +54,7 @@ def dataset_spec(source: str) -> Spec:
     """What `prepare_data` will make."""
     config = plain(experiment.load(source).dataset)
     places = {name: str(config.pop(name)) for name in ("root", "download", "store")}
+    places["state"] = prepare.source_state(experiment.load(source).dataset)
     return Spec("prepare_data", "dataset", {"dataset": config}, {}, ("data.prepare",), places=places)
 
 
@@ -68,11 +69,26 @@ def prepare_data(source: str, out: Folder, checkpoints: str = "") -> Manifest:
     return step.manifest
 
 
+def check_counts(cells: list[dict[str, Any]], data: Folder) -> None:
+    """Refuse cells that the data's class sizes make impossible, before the teacher is paid for.
+
+    Raises:
+        UserError: names the method, the class and both numbers.
+    """
+    images = real.load(Path(data))
+    for cell in cells:
+        this = parse(Cell, cell, "cell")
+        options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+        methods.find(this.method).check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
+
+
 def teacher_spec(source: str, data: Folder) -> Spec:
     """What `train_teacher` will make."""
     wanted = experiment.load(source)
     compute = choose(wanted.device, wanted.precision)
     config = plain(wanted.teacher)
+    for name in teachers.GATE:  # changes no weights: a teacher that failed its gate is not trained again
+        config.pop(name)
     weights = config.pop("weights")
     places = {"weights": weights, "sha256": pretrained.identity(weights) if weights else ""}
     config = {"teacher": config | {"given": bool(weights)}} | _said(compute)
@@ -80,7 +96,7 @@ def teacher_spec(source: str, data: Folder) -> Spec:
 
 
 def train_teacher(source: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
-    """Dataset -> `teacher` artifact: trained or given weights that passed the accuracy gate."""
+    """Dataset -> `teacher` artifact: trained or given weights; raises when they do not pass the accuracy gate."""
     step = Execution(teacher_spec(source, data), Path(out), checkpoints)
     with step.running() as work:
         if work:
@@ -89,6 +105,7 @@ def train_teacher(source: str, data: Folder, out: Folder, checkpoints: str = "")
             teachers.save(step.out, net, card)
             step.meta = {"net": card.net, "accuracy": card.accuracy, "accuracy_best": card.accuracy_best}
             step.summary = f"{card.net}: accuracy {100 * card.accuracy:.2f} %"
+    teachers.gate(experiment.load(source).teacher, teachers.read_card(Path(out)))
     return step.manifest
 
 

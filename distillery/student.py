@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from distillery import nets
 from distillery.config import Recipe, plain
@@ -157,6 +156,11 @@ def _initial(name: str, options: Mapping[str, Any], classes: int, size: int, see
         return nets.build(name, classes, size, **options)
 
 
+def _draws(module: nn.Module) -> bool:
+    """Whether a layer draws random numbers; torchvision's is known by name, because importing it takes seconds."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
+
+
 def _near(real_val: tuple[Tensor, Tensor], compute: Compute) -> tuple[Tensor, Tensor]:
     """Validation images on a GPU when they fit; otherwise batches are sent there one by one."""
     images_u8, labels = real_val
@@ -203,7 +207,7 @@ class _Run:
         self.total = self.recipe.epochs * self.per_epoch
         self.optimizer = make_optimizer(self.net, self.recipe)
         self.ema = Ema(self.net, self.recipe.ema) if self.recipe.ema else None
-        self.noisy = any(isinstance(m, nn.modules.dropout._DropoutNd | StochasticDepth) for m in self.net.modules())
+        self.noisy = any(map(_draws, self.net.modules()))
         self.losses: list[Tensor] = []  # on the device, since the last look
         for module in self.net.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

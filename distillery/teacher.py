@@ -19,11 +19,13 @@ from distillery.data import augment
 from distillery.data.real import Real
 from distillery.device import Compute
 from distillery.errors import CorruptArtifact, GateError, UserError, choices
+from distillery.files import write_atomic
 from distillery.nets import pretrained
 from distillery.rng import generator, seeded
 from distillery.track import Track
 from distillery.train import accuracy, build_optimizer, cosine, onecycle, pack, set_lr, unpack
 
+GATE = ("min_accuracy", "expected_accuracy", "tolerance")  # what of the configuration decides without training
 WEIGHTS, CARD = "weights.safetensors", "teacher.json"
 CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 
@@ -74,7 +76,7 @@ class Frozen:
 
 
 def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tuple[nn.Module, Card]:
-    """Train or load the teacher the configuration asks for, and pass it through its gate.
+    """Train or load the teacher the configuration asks for; `gate` then decides whether it may be used.
 
     Args:
         cfg: net, recipe or given weights, gate.
@@ -87,7 +89,6 @@ def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tupl
 
     Raises:
         UserError: weights that do not fit the net, or other classes than the data set's.
-        GateError: accuracy below `min_accuracy` or not within `tolerance` of `expected_accuracy`.
         NonFiniteLoss: the training diverged.
     """
     mean, std = tuple(cfg.mean) or real.mean, tuple(cfg.std) or real.std
@@ -114,7 +115,6 @@ def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tupl
         per_class=per_class,
         curve=curve,
     )
-    gate(cfg, card)
     return net, card
 
 
@@ -148,7 +148,7 @@ def gate(cfg: TeacherConfig, card: Card) -> None:
 def save(folder: Path, net: nn.Module, card: Card) -> None:
     """Write weights and card into an artifact folder."""
     pretrained.save(net, folder / WEIGHTS)
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=1, sort_keys=True) + "\n")
+    write_atomic(folder / CARD, (json.dumps(asdict(card), indent=1, sort_keys=True) + "\n").encode())
 
 
 def load(folder: Path, compute: Compute) -> Frozen:
@@ -157,13 +157,22 @@ def load(folder: Path, compute: Compute) -> Frozen:
     Raises:
         CorruptArtifact: the card is not readable.
     """
-    try:
-        card = Card(**json.loads((folder / CARD).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CorruptArtifact(f"{folder / CARD}: not a teacher card ({error}); train the teacher again") from error
+    card = read_card(folder)
     net = nets.build(card.net, len(card.classes), card.size, **card.net_options)
     pretrained.load(net, str(folder / WEIGHTS), card.net)
     return Frozen(net, card, compute)
+
+
+def read_card(folder: Path) -> Card:
+    """What a teacher artifact says about itself.
+
+    Raises:
+        CorruptArtifact: the card is not readable.
+    """
+    try:
+        return Card(**json.loads((folder / CARD).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{folder / CARD}: not a teacher card ({error}); train the teacher again") from error
 
 
 def view_policy(cfg: TeacherConfig, real: Real) -> ViewPolicy:
@@ -204,7 +213,8 @@ def _train(
                 compute.device
             )
         index = order[place * batch : (place + 1) * batch]
-        views = augment.draw(policy, batch, real.size, generator(cfg.seed, "teacher views", epoch, place))
+        stream = generator(cfg.seed, "teacher views", epoch, place)
+        views = augment.draw(policy, batch, real.size, stream, source=images_u8.shape[2])
         x_norm = augment.apply(policy, images_u8[index], views, mean, std)
         lr = cfg.lr * shape(step, total, cfg.warmup)
         set_lr(optimizer, lr)
@@ -231,7 +241,7 @@ def _train(
         if track.due():
             track.finite(float(loss_sum), step, lr=lr, epoch=epoch)
             track.save(pack(net, optimizer) | {"loss_sum": loss_sum}, {"step": step + 1, "curve": curve})
-    track.clear()
+    track.save(pack(net, optimizer) | {"loss_sum": loss_sum}, {"step": total, "curve": curve})  # the step clears it
     return net, curve
 
 

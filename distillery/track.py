@@ -95,6 +95,9 @@ class Track:
         """
         if self._file is None:
             return
+        lost = next((k for k, v in tensors.items() if k.startswith("net/") and not torch.isfinite(v).all()), "")
+        if lost:
+            self.finite(math.nan, int(values.get("step", values.get("done", 0))), weight=lost.removeprefix("net/"))
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
         write_atomic(self._file, to_bytes(plain, metadata={"values": json.dumps(values)}))
         if self._mirror is not None:

@@ -1,6 +1,7 @@
 """What every test starts from: a scrubbed environment, loopback only, two threads."""
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,9 @@ for _name in [name for name in os.environ if name.startswith(SCRUBBED) and name 
     del os.environ[_name]
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 os.environ["MPLBACKEND"] = "Agg"
+
+# A background job of a shell ignores Ctrl-C, and so would every process the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402 - the environment comes first
 import torch  # noqa: E402 - the environment comes first

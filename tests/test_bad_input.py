@@ -344,7 +344,7 @@ def test_a_disk_full_from_the_start_is_named(cli: Cli, tmp_path: Path) -> None:
 
 
 @needs_full
-@pytest.mark.parametrize("name", ["log.jsonl", "2-teachers/*/teacher.json"])
+@pytest.mark.parametrize("name", ["log.jsonl", "5-students/*/result.json"])
 def test_a_disk_full_in_the_middle_is_named(cli: Cli, tmp_path: Path, copy: Path, name: str) -> None:
     (path,) = copy.glob(name)
     path.unlink()

@@ -16,7 +16,7 @@ from distillery import methods
 from distillery.data import DATASETS, synthetic
 from distillery.data.real import Real
 from distillery.data.synthetic import Synthetic
-from distillery.errors import CorruptArtifact, NonFiniteLoss, StoreError, UserError
+from distillery.errors import CorruptArtifact, NonFiniteLoss, UserError
 from distillery.methods import METHODS, _selection
 from distillery.track import Track
 
@@ -267,5 +267,5 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match=f"{re.escape(str(path))}.*synthesize it again"):
         synthetic.load(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StoreError, match="free space"):
+    with pytest.raises(UserError, match="cannot be written"):
         made("random", toy_pixels()).save(tmp_path / "file")

@@ -150,7 +150,7 @@ def test_every_net_trains(name: str) -> None:
 def test_convnet_norms_and_width(norm: str) -> None:
     torch.manual_seed(0)
     net = nets.build("convnet2", 3, 8, width=12, norm=norm)
-    kinds = {"batch": nn.BatchNorm2d, "instance": nn.GroupNorm, "group": nn.GroupNorm, "layer": nn.LayerNorm}
+    kinds = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "group": nn.GroupNorm, "layer": nn.LayerNorm}
     found = [layer for layer in net.modules() if isinstance(layer, tuple(kinds.values()))]
     assert [type(layer) for layer in found] == ([kinds[norm]] * 2 if norm in kinds else [])
     assert nets.classifier(net).in_features == 12 * 2 * 2

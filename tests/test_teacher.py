@@ -82,8 +82,9 @@ def test_stop_at_ends_early() -> None:
 
 def test_the_gate_stops_a_weak_teacher() -> None:
     cfg = TeacherConfig(**SMALL | {"lr": 1e-6, "epochs": 1}, min_accuracy=1.0)
+    _, card = teacher.make(cfg, stripes(), CPU, Track.quiet())
     with pytest.raises(GateError, match=r"below teacher.min_accuracy 1.0"):
-        teacher.make(cfg, stripes(), CPU, Track.quiet())
+        teacher.gate(cfg, card)
 
 
 def test_a_diverging_training_is_stopped() -> None:
@@ -108,8 +109,10 @@ def test_given_weights_in_another_class_order(tmp_path: Path) -> None:
 
 
 def test_given_weights_in_an_undeclared_class_order_are_refused(tmp_path: Path) -> None:
+    cfg = given(tmp_path, expected_accuracy=0.99)
+    _, card = teacher.make(cfg, stripes(), CPU, Track.quiet())
     with pytest.raises(GateError, match=r"another class order \(teacher.classes\)"):
-        teacher.make(given(tmp_path, expected_accuracy=0.99), stripes(), CPU, Track.quiet())
+        teacher.gate(cfg, card)
 
 
 def test_given_weights_of_other_classes_are_refused(tmp_path: Path) -> None:

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
 from distillery.data import DATASETS, Info
 from distillery.data._downloads import download, downloads
@@ -75,6 +72,8 @@ def _grey_to_rgb(grey_u8: Tensor) -> Tensor:
 
 
 def _cifar(root: Path, cfg: DatasetConfig) -> dict[str, Arrays]:
+    from torchvision.datasets.utils import check_integrity  # here, because the import takes seconds
+
     maker = _maker(cfg.name)
     if cfg.download:
         download(maker, root)
@@ -108,6 +107,8 @@ def _fashion_files() -> list[str]:
 
 
 def _fashion_split(root: Path, split: str, cfg: DatasetConfig) -> Arrays:
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # here, because the import takes seconds
+
     info, raw = DATASETS["fashion_mnist"], root / "FashionMNIST" / "raw"
     count = info.train if split == "train" else info.val
     images, labels = raw / f"{split}-images-idx3-ubyte", raw / f"{split}-labels-idx1-ubyte"
@@ -124,6 +125,8 @@ def _fashion_split(root: Path, split: str, cfg: DatasetConfig) -> Arrays:
 
 
 def _maker(name: str) -> Any:
+    from torchvision import datasets  # here, because the import takes seconds
+
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}[name]
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 # Only formats that store pixels: EPS and its like would run an interpreter on foreign bytes.
 EXTENSIONS = {
@@ -119,6 +118,8 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 def fit(image: Image.Image, side: int) -> Image.Image:
     """torchvision's Resize(side) and CenterCrop(side): the shorter side to `side`, antialiased bilinear."""
+    from torchvision.transforms.v2 import functional  # here, because the import takes seconds
+
     resized = functional.resize(image, [side], interpolation=functional.InterpolationMode.BILINEAR, antialias=True)
     return functional.center_crop(resized, [side, side])
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from torchvision import datasets
-
 from distillery.data import DATASETS, Info
 from distillery.data._decode import SUFFIXES
 from distillery.data._downloads import download, downloads
@@ -223,6 +221,8 @@ def _remote(uri: str, info: Info) -> Place:
 def _download_imagenette(root: Path) -> None:
     name, unfinished = UNPACKED["imagenette"][0], root / "unfinished"
     shutil.rmtree(unfinished / name, ignore_errors=True)  # of a killed attempt; to torchvision it looks complete
+    from torchvision import datasets  # here, because the import takes seconds
+
     download(datasets.Imagenette, unfinished, size=DOWNLOADED_SIZE)
     with disk(root):
         (unfinished / name).replace(root / name)

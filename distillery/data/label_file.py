@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distillery.errors import CorruptArtifact
+from distillery.files import disk
 
 LOGITS, PLACES = "logits", "places"
 Arrays = dict[str, np.memmap]
@@ -46,9 +48,9 @@ def create(path: Path, images: int, epochs: int, classes: int, top_k: int) -> tu
     head = len(text).to_bytes(8, "little") + text
     fresh = not _is_there(path, head, len(head) + end)
     if fresh:
-        with path.open("wb") as file:
+        with disk(path), path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, len(head) + end)  # a full disk under a mapping is a SIGBUS
             file.write(head)
-            file.truncate(len(head) + end)
     return {
         key: np.memmap(path, kind, "r+", offset=len(head) + starts[key], shape=shape)
         for key, (_, kind, shape) in layout.items()

@@ -7,11 +7,14 @@ offset of every image. Images stand class by class, in the source's order inside
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillery.data import DATASETS, SIDES, TENSOR_SIDE, Info, _sources
+from distillery.data._downloads import downloads
 from distillery.data._items import SPLITS, collect
 from distillery.data._write import Job, State, write
 from distillery.errors import UserError, choices, nearest
@@ -63,6 +66,23 @@ def class_names(cfg: DatasetConfig) -> tuple[str, ...]:
         UserError: unknown name; missing or odd layout of an imagefolder.
     """
     return _info(cfg).classes or _sources.class_names(cfg)
+
+
+def source_state(cfg: DatasetConfig) -> str:
+    """A digest of what lies at the source now: names, sizes and times (or etags), so that changed images are noticed.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    if "://" in cfg.root:
+        from distillery.store import open_store  # only a URI needs the store
+
+        found = sorted((entry.key, entry.bytes, entry.etag) for entry in open_store(cfg.root).list())
+    else:
+        root = Path(cfg.root).expanduser() if cfg.root else downloads(cfg.name)
+        files = ((Path(place) / name) for place, _, names in os.walk(root, followlinks=True) for name in names)
+        found = sorted((str(f.relative_to(root)), f.stat().st_size, str(f.stat().st_mtime_ns)) for f in files)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def _info(cfg: DatasetConfig) -> Info:

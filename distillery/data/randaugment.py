@@ -12,17 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
-import torchvision.transforms.functional as TF
 from torch import Tensor
 
 BINS = 30.0  # the largest magnitude
 Op = Callable[[Tensor, float, int], Tensor]  # images [G, 3, H, W], strength in 0..1, sign +-1
 
 
+def _tf() -> ModuleType:
+    import torchvision.transforms.functional  # here, because the import takes seconds
+
+    return torchvision.transforms.functional
+
+
 def _affine(images: Tensor, translate: list[int], shear: list[float], center: list[int] | None) -> Tensor:
-    return TF.affine(images, angle=0.0, translate=translate, scale=1.0, shear=shear, center=center)
+    return _tf().affine(images, angle=0.0, translate=translate, scale=1.0, shear=shear, center=center)
 
 
 def _shear(images: Tensor, slope: float, axis: int) -> Tensor:
@@ -38,7 +44,7 @@ def _translate(images: Tensor, share: float, axis: int) -> Tensor:
 
 
 def _posterize(images: Tensor, strength: float, _: int) -> Tensor:
-    return TF.posterize(images, 8 - round(4.0 * strength))
+    return _tf().posterize(images, 8 - round(4.0 * strength))
 
 
 def equalize(images_u8: Tensor) -> Tensor:
@@ -59,14 +65,14 @@ OPS: dict[str, Op] = {
     "shear_y": lambda x, s, sign: _shear(x, 0.3 * s * sign, 1),
     "translate_x": lambda x, s, sign: _translate(x, s * sign, 0),
     "translate_y": lambda x, s, sign: _translate(x, s * sign, 1),
-    "rotate": lambda x, s, sign: TF.rotate(x, 30.0 * s * sign),
-    "brightness": lambda x, s, sign: TF.adjust_brightness(x, 1.0 + 0.9 * s * sign),
-    "color": lambda x, s, sign: TF.adjust_saturation(x, 1.0 + 0.9 * s * sign),
-    "contrast": lambda x, s, sign: TF.adjust_contrast(x, 1.0 + 0.9 * s * sign),
-    "sharpness": lambda x, s, sign: TF.adjust_sharpness(x, 1.0 + 0.9 * s * sign),
+    "rotate": lambda x, s, sign: _tf().rotate(x, 30.0 * s * sign),
+    "brightness": lambda x, s, sign: _tf().adjust_brightness(x, 1.0 + 0.9 * s * sign),
+    "color": lambda x, s, sign: _tf().adjust_saturation(x, 1.0 + 0.9 * s * sign),
+    "contrast": lambda x, s, sign: _tf().adjust_contrast(x, 1.0 + 0.9 * s * sign),
+    "sharpness": lambda x, s, sign: _tf().adjust_sharpness(x, 1.0 + 0.9 * s * sign),
     "posterize": _posterize,
-    "solarize": lambda x, s, sign: TF.solarize(x, 255.0 * (1.0 - s)),
-    "autocontrast": lambda x, s, sign: TF.autocontrast(x),
+    "solarize": lambda x, s, sign: _tf().solarize(x, 255.0 * (1.0 - s)),
+    "autocontrast": lambda x, s, sign: _tf().autocontrast(x),
     "equalize": lambda x, s, sign: equalize(x),
 }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from distillery.data.resample import crop_resize
 
@@ -55,6 +54,8 @@ def crops(images: Tensor | list[Tensor], boxes: Tensor, side: int, device: torch
     if isinstance(images, Tensor):
         source = torch.arange(len(boxes)).repeat_interleave(boxes.shape[1])
         return crop_resize(images.to(device), boxes.flatten(0, 1), side, source)
+    from torchvision.transforms.v2 import functional  # here, because the import takes seconds
+
     cut = []
     for image, own in zip(images, boxes.tolist(), strict=True):
         on_device = image.to(device)

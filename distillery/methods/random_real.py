@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from distillery.config import Options
 from distillery.data.synthetic import Synthetic
@@ -73,5 +72,7 @@ def synthesize(
 def _whole(real: Real, cls: int, indices: list[int]) -> Tensor:
     """Photos as the evaluation sees them: [n, 3, S, S] uint8."""
     short = real.size // 7 * 8
+    from torchvision.transforms.v2 import functional  # here, because the import takes seconds
+
     resized = [functional.resize(image, [short], antialias=True) for image in real.read("train", cls, indices)]
     return torch.stack([functional.center_crop(image, [real.size, real.size]) for image in resized])

@@ -83,9 +83,16 @@ def class_names(source: str, name: str) -> tuple[str, ...]:
 
 
 def identity(source: str) -> str:
-    """What tells these weights from others at the same place: a local file's sha256, else the address itself."""
-    path = Path(source.removeprefix("file://")).expanduser()
-    return sha256_of(path) if path.is_file() else source
+    """What tells these weights from others at the same place: a file's sha256 or etag, else the address itself."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    if "://" not in source:
+        return source
+    from distillery import store  # here, so that weights in plain files need no store
+
+    folder, _, key = source.rpartition("/")
+    return next((f"{source} {entry.etag}" for entry in store.open_store(folder).list(key) if entry.key == key), source)
 
 
 def _file(path: Path, source: str) -> State:

@@ -21,7 +21,10 @@ class LocalStore(Store):
     """Keys are paths below `root`, which comes into being with the first write."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        try:
+            self.root = root.expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{str(root)!r}: {error}; give a full path") from error
         super().__init__(self.root.as_uri())
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"{self.root} is a file; give a folder")
