@@ -36,6 +36,15 @@ Scalar = bool | int | float | str
 Json = Scalar | list[Any] | dict[str, Any]
 
 
+def _rising(values: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < values[0] <= values[1]:
+        raise ValueError("expected two shares of the area above 0, the smaller one first")
+    return values
+
+
+Area = Annotated[tuple[Fraction, Fraction], AfterValidator(_rising)]
+
+
 class Strict(BaseModel):
     """Base of every configuration model: immutable, no unknown keys, no silent conversions."""
 
@@ -79,7 +88,7 @@ class TeacherConfig(Strict):
     warmup: Fraction = 0.2  # share of the steps spent rising to lr
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     crop_pad: Whole = 4  # zero padding of the random crop (tensors up to 64 px)
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # area of the random resized crop (photos)
+    crop_scale: Area = (0.08, 1.0)  # of the random resized crop (photos)
     flip: Fraction = 0.5
     stop_at: Fraction = 0.0  # stop once validation accuracy reaches this; 0 = never
     min_accuracy: Fraction = 0.0  # gate: below this nothing is spent on synthesis

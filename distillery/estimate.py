@@ -5,6 +5,7 @@ Speeds are measured, not assumed: a few small batches of each net on the chosen 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from distillery import console, experiment, labels, methods, nets
 from distillery import student as student_module
-from distillery.config import Cell, Experiment
+from distillery.config import Cell, Experiment, Student, TeacherConfig
 from distillery.data import DATASETS
 from distillery.device import Compute, choose, hardware
 
@@ -39,7 +40,7 @@ def table(source: str) -> str:
     images, teacher_seconds = wanted.dataset.per_class * classes or info.train, 0.0
     if not wanted.teacher.weights:
         shown = wanted.teacher.epochs * images
-        teacher_seconds = shown / speeds[wanted.teacher.net].training
+        teacher_seconds = shown / speeds[_kind(wanted.teacher)].training
     lines = [
         f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
         f"  teacher {wanted.teacher.net}: {console.duration(teacher_seconds)}",
@@ -61,7 +62,7 @@ def table(source: str) -> str:
 
 def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str, Speed]) -> tuple[float, float]:
     val = DATASETS[cell.dataset.name].val
-    method, teacher = methods.find(cell.method), speeds[cell.teacher.net]
+    method, teacher = methods.find(cell.method), speeds[_kind(cell.teacher)]
     options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
     forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)["forwards"]
     trained = 0.0
@@ -69,8 +70,8 @@ def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str,
         views = student.recipe.epochs * cell.ipc * classes
         exams = student_module.evaluation_epochs(student.recipe.epochs, student.recipe.evaluate_every).values()
         shown = sum(val if full else min(val, student_module.SAMPLE) for full in exams)
-        trained += shown / speeds[student.net].forward
-        trained += views / speeds[student.net].training
+        trained += shown / speeds[_kind(student)].forward
+        trained += views / speeds[_kind(student)].training
         trained += views / teacher.forward if student.recipe.regime == "soft" else 0.0
     return forwards / teacher.forward, trained
 
@@ -90,9 +91,15 @@ def _label_bytes(cell: Cell, classes: int) -> int:
 
 
 def _speeds(wanted: Experiment, classes: int, size: int, compute: Compute) -> dict[str, Speed]:
-    options = {wanted.teacher.net: dict(wanted.teacher.net_options)}
-    options |= {s.net: dict(s.net_options) for s in wanted.students}
-    return {name: _speed(name, given, classes, size, compute) for name, given in options.items()}
+    nets_: dict[str, TeacherConfig | Student] = {}
+    for cell in experiment.cells(wanted):
+        nets_ |= {_kind(cell.teacher): cell.teacher} | {_kind(student): student for student in cell.students}
+    return {kind: _speed(one.net, one.net_options, classes, size, compute) for kind, one in nets_.items()}
+
+
+def _kind(one: TeacherConfig | Student) -> str:
+    """One net with its options, as a key."""
+    return json.dumps([one.net, dict(one.net_options)], sort_keys=True)
 
 
 def _speed(name: str, options: Mapping[str, object], classes: int, size: int, compute: Compute) -> Speed:

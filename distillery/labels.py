@@ -71,6 +71,8 @@ def relabel(
     """
     if config.top_k and config.mode != "stored":
         track.note(f"labels.top_k {config.top_k} has no effect with labels.mode {config.mode}")
+    if config.top_k >= len(teacher.card.classes):
+        track.note(f"labels.top_k {config.top_k} has no effect with {len(teacher.card.classes)} classes")
     made = [_entry(student.recipe, synthetic, teacher, seed, config) for student in students]
     start = _resume(made, out, track)
     for index, student in enumerate(students):

@@ -212,7 +212,7 @@ def fair_hard(case: Case) -> Fields:
 
 def fair_soft(case: Case) -> Fields:
     """Labels on the fly, equal views: RD3's rectified recipe with KL at T = 20 and small batches."""
-    zeta = 1.0 if case.net.startswith("resnet18") else 2.0
+    zeta = 1.0 if case.net.startswith("resnet18") or case.column == "photos" else 2.0
     flip: Fields = {"flip": 0.0 if case.dataset == "digits" else 0.5}
     views = {**(RRC if case.column == "photos" else {}), **flip, **CUTMIX}
     return {**ADAMW, "zeta": zeta, "epochs": fair_epochs(case), "batch": min(50, case.images), "views": views}

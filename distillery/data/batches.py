@@ -5,7 +5,7 @@ training resumed in the middle see the same views; and by nothing of the method,
 through the same views.
 
 Ragged sets: an epoch shows every image once, in ceil(N / batch) batches whose sizes differ by at most one. No image is
-dropped, the number of views is epochs * N whatever the batch, and no BatchNorm meets a batch of one.
+dropped, and the number of views is epochs * N whatever the batch.
 """
 
 from __future__ import annotations
