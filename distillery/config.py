@@ -38,7 +38,7 @@ Json = Scalar | list[Any] | dict[str, Any]
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
     if not 0 < values[0] <= values[1]:
-        raise ValueError("expected two shares of the area above 0, the smaller one first")
+        raise ValueError(f"expected two shares of the area above 0, the smaller one first, got {values}")
     return values
 
 
