@@ -33,7 +33,6 @@ PerChannel = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
 PositivePerChannel = Annotated[tuple[Positive, ...], AfterValidator(_none_or_three)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Scalar = bool | int | float | str
-Json = Scalar | list[Any] | dict[str, Any]
 
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
@@ -241,7 +240,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
         raise UserError(f"{where}: not readable as YAML: {str(error)[:500]}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{where}: expected a mapping of keys such as name and dataset, got {_short(data)}")
+        raise UserError(f"{where}: expected a mapping of keys such as name and dataset, got {short(data)}")
     return data
 
 
@@ -290,7 +289,7 @@ def _roots(faults: list[Any]) -> list[Any]:
 
 def _explain(model: type[BaseModel], fault: Any) -> str:
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault["loc"]).lstrip(".") or "(top)"
-    value = _short(fault.get("input"))
+    value = short(fault.get("input"))
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, fault["loc"][:-1])
         return f"{place}: unknown key{nearest(fault['loc'][-1], known)}; known keys: {choices(known)}"
@@ -316,6 +315,7 @@ def _model_in(kind: Any) -> type[BaseModel] | None:
     return next((found for arg in get_args(kind) if (found := _model_in(arg))), None)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as an error shows it: cut where it gets long."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -14,7 +14,7 @@ import yaml
 
 from distillery import console, methods, nets, recipes
 from distillery.code_version import code_version as current_code
-from distillery.config import Cell, DatasetConfig, Experiment, MethodChoice, Student, parse, plain, read_yaml
+from distillery.config import Cell, DatasetConfig, Experiment, MethodChoice, Student, parse, plain, read_yaml, short
 from distillery.data import DATASETS, prepare
 from distillery.errors import StoreError, UserError, choices, nearest
 
@@ -97,11 +97,7 @@ def _inside(place: Any, part: str, change: str, value: Any = _KEEP) -> Any:
         if value is not _KEEP:
             place[part] = value
         return place.setdefault(part, {})
-    raise UserError(f"--set {change!r}: {part!r} leads nowhere in {_short(place)}")
-
-
-def _short(value: object) -> str:
-    return repr(value)[:80]
+    raise UserError(f"--set {change!r}: {part!r} leads nowhere in {short(place)}")
 
 
 def load(source: str) -> Experiment:

@@ -132,6 +132,6 @@ def _claim(store: Store, wanted: Experiment, out: str) -> None:
                 f"{out}: holds the artifacts of experiment {owner!r}, not of {wanted.name!r}; choose another --out, or "
                 "give the experiment that name to share its finished artifacts"
             )
-    elif any(True for _ in store.list("1-data/")):
+    elif store.list("1-data/"):
         raise UserError(f"{out}: holds artifacts but no {NAME_FILE}; choose an empty --out")
     store.write(NAME_FILE, f"{wanted.name}\n".encode())

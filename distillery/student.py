@@ -24,7 +24,7 @@ from distillery.data.augment import evaluation_view
 from distillery.data.batches import Batch, Batches, Norm
 from distillery.device import Compute
 from distillery.labels import Source
-from distillery.rng import derived_seed
+from distillery.rng import derived_seed, seeded
 from distillery.track import Track
 from distillery.train import Ema, accuracy, lr_factor, make_optimizer, pack, set_lr, unpack
 
@@ -151,8 +151,7 @@ def loss_of(recipe: Recipe, logits: Tensor, soft: Tensor | None, batch: Batch) -
 
 
 def _initial(name: str, options: Mapping[str, Any], classes: int, size: int, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, "student", name))  # noqa: TID251 - initialisers draw globally; undone here
+    with seeded(seed, "student", name):
         return nets.build(name, classes, size, **options)
 
 
