@@ -39,7 +39,7 @@ from distillery.code_version import code_version
 from distillery.config import DatasetConfig
 from distillery.data import prepare, real
 from distillery.device import Compute, choose, hardware
-from distillery.methods import _crops, _selection, rded
+from distillery.methods import Group, _crops, _selection, rded
 from distillery.nets import pretrained
 from distillery.teacher import Card, Frozen
 from distillery.track import Track
@@ -127,9 +127,8 @@ def reference(asked: Setting, cls: int, workers: int) -> Selected:
 
 def ours(asked: Setting) -> Tensor:
     """The library's way, for all classes."""
-    found = rded.synthesize(
-        asked.cfg, asked.real, asked.teacher, ipc=asked.ipc, seed=0, classes=asked.classes, track=Track.quiet()
-    )
+    part = [Group((cls,), range(asked.ipc)) for cls in asked.classes]
+    found = rded.synthesize(asked.cfg, asked.real, asked.teacher, ipc=asked.ipc, seed=0, part=part, track=Track.quiet())
     return found.images_u8
 
 

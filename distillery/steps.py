@@ -134,7 +134,7 @@ def synthesize(cell: dict[str, Any], data: Folder, teacher: Folder, out: Folder,
                 teachers.load(Path(teacher), step.spec.compute or choose()),
                 ipc=this.ipc,
                 seed=this.seed,
-                classes=range(len(images.classes)),
+                part=method.groups(options, ipc=this.ipc, classes=len(images.classes)),
                 track=step.track(),
             )
             found.save(step.out)

@@ -60,6 +60,12 @@ class Frozen:
         self.net.requires_grad_(False)
         self.card, self.compute = card, compute
         self.mean, self.std, self.size = tuple(card.mean), tuple(card.std), card.size
+        self.statistics: dict[str, torch.Tensor] = {}
+
+    @property
+    def members(self) -> tuple[Frozen, ...]:
+        """A single teacher is its own only member."""
+        return (self,)
 
     @torch.no_grad()
     def logits(self, x_norm: torch.Tensor) -> torch.Tensor:

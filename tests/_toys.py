@@ -1,6 +1,6 @@
 """Toy data and toy teachers for tests of methods: small enough for milliseconds, real enough to have an opinion."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ class ToyTeacher:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     compute: Compute = CPU
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def members(self) -> "tuple[ToyTeacher, ...]":
+        """Itself."""
+        return (self,)
 
     def logits(self, x_norm: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, C]."""

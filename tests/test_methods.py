@@ -17,7 +17,7 @@ from distillery.data import DATASETS, synthetic
 from distillery.data.real import Real
 from distillery.data.synthetic import Synthetic
 from distillery.errors import CorruptArtifact, NonFiniteLoss, UserError
-from distillery.methods import METHODS, _selection
+from distillery.methods import METHODS, Group, _selection
 from distillery.track import Track
 
 NAMES = sorted(METHODS)
@@ -35,18 +35,19 @@ def made(
     real: Real,
     *,
     seed: int = 0,
-    classes: Sequence[int] | None = None,
+    part: Sequence[Group] | None = None,
     track: Track | None = None,
     teacher: ToyTeacher | None = None,
     ipc: int = IPC,
 ) -> Synthetic:
+    cfg = methods.config_of(name, TOY.get(name, {}), real.name, ipc)
     return METHODS[name].synthesize(
-        methods.config_of(name, TOY.get(name, {}), real.name, ipc),
+        cfg,
         real,
         teacher or toy_teacher(real),
         ipc=ipc,
         seed=seed,
-        classes=range(len(real.classes)) if classes is None else classes,
+        part=METHODS[name].groups(cfg, ipc=ipc, classes=len(real.classes)) if part is None else part,
         track=track or Track.quiet(),
     )
 
@@ -87,12 +88,15 @@ def test_same_seed_same_set_other_seed_another(name: str, kind: str) -> None:
 
 @every_kind
 @every_method
-def test_any_class_alone_is_the_same_class_of_the_whole(name: str, kind: str) -> None:
+def test_any_group_alone_is_the_same_part_of_the_whole(name: str, kind: str) -> None:
     real = KINDS[kind]()
     whole = made(name, real)
-    for cls in range(len(real.classes)):
-        own = whole.labels == cls
-        alone = made(name, real, classes=[cls])
+    cfg = methods.config_of(name, TOY.get(name, {}), real.name, IPC)
+    groups = METHODS[name].groups(cfg, ipc=IPC, classes=len(real.classes))
+    assert methods.in_order(groups) == [(cls, slot) for cls in range(len(real.classes)) for slot in range(IPC)]
+    for group in groups:
+        own = torch.tensor([cls * IPC + slot for cls, slot in methods.in_order([group])])
+        alone = made(name, real, part=[group])
         extras = {key: value[own] for key, value in whole.extras.items()}
         assert_same(alone, Synthetic(whole.images_u8[own], whole.labels[own], extras))
 

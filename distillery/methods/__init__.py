@@ -11,13 +11,15 @@ A method is one module of this package and one line in `METHODS`. The module has
     estimate(cfg, *, ipc, classes, size, train=0)
                           {"forwards": images the teacher will see, "peak_bytes": memory beyond the data and the net};
                           `train` is the number of real training images, 0 while it is not known
-    synthesize(cfg, real, teacher, *, ipc, seed, classes, track)
-                          a `Synthetic`: `ipc` images of each class in `classes`, in that order
+    groups(cfg, *, ipc, classes)
+                          the independent parts of a set of `classes` classes; `classwise` where each class stands alone
+    synthesize(cfg, real, teacher, *, ipc, seed, part, track)
+                          a `Synthetic`: the images of the groups in `part`, ordered by class and slot
 
 and holds to this:
 
-- Any class made alone equals, bit for bit on CPU, the same class of a full run: randomness comes from
-  `distillery.rng.generator(seed, METHOD, cls)`, and no batch holds images of two classes.
+- Any group made alone equals, bit for bit on CPU, the same images of a full run: randomness comes from
+  `distillery.rng.generator(seed, METHOD, group)`, and what images share, they share within their group.
 - Side effects go through `track` alone; a long loop saves its state there and continues from it with the same result.
 - A teacher that gives NaN stops the method with `NonFiniteLoss`.
 - It imports no other method; what several share lies in an underscore file.
@@ -32,7 +34,7 @@ from typing import Any
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
 from distillery.methods import median, random_real, rded
-from distillery.methods._contract import Method, Needs, Teacher
+from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
     "random": random_real,
@@ -40,7 +42,18 @@ METHODS: dict[str, Method] = {
     "rded": rded,
 }
 
-__all__ = ["METHODS", "Method", "Needs", "Teacher", "config_of", "find", "module_name"]
+__all__ = [
+    "METHODS",
+    "Group",
+    "Method",
+    "Needs",
+    "Teacher",
+    "classwise",
+    "config_of",
+    "find",
+    "in_order",
+    "module_name",
+]
 
 
 def find(name: str) -> Method:

@@ -21,13 +21,14 @@ from distillery.config import Options
 from distillery.data import augment
 from distillery.data.synthetic import Synthetic
 from distillery.methods import _selection
-from distillery.methods._contract import Needs, Teacher
+from distillery.methods._contract import Group, Needs, Teacher, classwise
 
 if TYPE_CHECKING:
     from distillery.data.real import Real
     from distillery.track import Track
 
 NEEDS = Needs(teacher=True, gpu=True)
+groups = classwise
 RECIPES: dict[tuple[str, int], dict[str, Any]] = {}
 UNIT = 256  # images scored between two looks at the clock
 
@@ -52,7 +53,7 @@ def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) 
 
 
 def synthesize(
-    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, classes: Sequence[int], track: Track
+    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, part: Sequence[Group], track: Track
 ) -> Synthetic:
     """Take the IPC images of each class that are nearest to the median of the teacher's probabilities.
 
@@ -64,7 +65,7 @@ def synthesize(
         UserError: IPC beyond the smallest class, or a teacher for other data.
         NonFiniteLoss: the teacher gives NaN.
     """
-    counts = real.counts("train")
+    classes, counts = [group.classes[0] for group in part], real.counts("train")
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
     scorer, images = _selection.scorer(teacher, real), _selection.by_class(real)
 
@@ -78,7 +79,7 @@ def synthesize(
     track.clear()
     return Synthetic(
         torch.cat([augment.centre_crop(images[cls][chosen[cls]], real.size) for cls in classes]).contiguous(),
-        torch.tensor(list(classes), dtype=torch.int64).repeat_interleave(ipc),
+        torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc),
         {
             "sources": torch.cat([chosen[cls] for cls in classes])[:, None],
             "scores": torch.cat([scores[cls][chosen[cls]] for cls in classes])[:, None],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distillery.config import Options
 from distillery.data.synthetic import Synthetic
-from distillery.methods._contract import Needs, Teacher
+from distillery.methods._contract import Group, Needs, Teacher, classwise
 from distillery.methods._selection import by_class, check_enough
 from distillery.rng import generator
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from distillery.track import Track
 
 NEEDS = Needs(teacher=False, gpu=False)
+groups = classwise
 RECIPES: dict[tuple[str, int], dict[str, Any]] = {}
 
 
@@ -49,14 +50,14 @@ def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) 
 
 
 def synthesize(
-    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, classes: Sequence[int], track: Track
+    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, part: Sequence[Group], track: Track
 ) -> Synthetic:
     """Draw IPC real images of each class.
 
     Returns:
         The set; extras: `sources` [C * K, 1], the place of each image in its class.
     """
-    counts = real.counts("train")
+    classes, counts = [group.classes[0] for group in part], real.counts("train")
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
     pixels = by_class(real) if real.kind == "pixels" else []
     images, sources = [], []
@@ -65,7 +66,7 @@ def synthesize(
         images.append(pixels[cls][chosen] if pixels else _whole(real, cls, chosen.tolist()))
         sources.append(chosen)
         track.log(done, len(classes), what="classes drawn")
-    labels = torch.tensor(list(classes), dtype=torch.int64).repeat_interleave(ipc)
+    labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc)
     return Synthetic(torch.cat(images), labels, {"sources": torch.cat(sources)[:, None]})
 
 

@@ -32,7 +32,7 @@ from distillery.data.augment import TRIES
 from distillery.data.synthetic import Synthetic
 from distillery.errors import UserError, choices
 from distillery.methods import _selection
-from distillery.methods._contract import Needs, Teacher
+from distillery.methods._contract import Group, Needs, Teacher, classwise
 from distillery.methods._crops import boxes_of, crops
 from distillery.rng import generator
 
@@ -68,6 +68,7 @@ class Config(Options):
     )
 
 
+groups = classwise
 RECIPES: dict[tuple[str, int], dict[str, Any]] = {
     ("tiny_imagenet", 200): {"mipc": 600},  # InfoUtil's reproduction at IPC 200
 }
@@ -208,7 +209,7 @@ def mosaic(patches: Tensor, ipc: int, factor: int) -> Tensor:
 
 
 def synthesize(
-    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, classes: Sequence[int], track: Track
+    cfg: Config, real: Real, teacher: Teacher, *, ipc: int, seed: int, part: Sequence[Group], track: Track
 ) -> Synthetic:
     """Select and tile the most realistic patches of each class.
 
@@ -220,7 +221,7 @@ def synthesize(
         UserError: not enough patches, or a teacher for other data.
         NonFiniteLoss: the teacher gives NaN.
     """
-    counts = real.counts("train")
+    classes, counts = [group.classes[0] for group in part], real.counts("train")
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
     if cfg.mipc > max(counts):
         track.note(f"rded: mipc {cfg.mipc} is more than any class has ({max(counts)}): every image is looked at")
@@ -238,7 +239,7 @@ def synthesize(
     made = [_render(cfg, pool, cls, scores[cls], ipc) for cls in classes]
     track.clear()
     images, sources, boxes, kept = (torch.cat(part) for part in zip(*made, strict=True))
-    labels = torch.tensor(list(classes), dtype=torch.int64).repeat_interleave(ipc)
+    labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc)
     return Synthetic(images, labels, {"sources": sources, "boxes": boxes, "scores": kept})
 
 

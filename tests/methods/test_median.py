@@ -15,7 +15,8 @@ from distillery.track import Track
 def test_images_are_those_nearest_to_the_median_rank(real: Real) -> None:
     teacher, ipc = toy_teacher(real), 4
     classes = range(len(real.classes))
-    found = median.synthesize(median.Config(), real, teacher, ipc=ipc, seed=0, classes=classes, track=Track.quiet())
+    part = median.groups(median.Config(), ipc=ipc, classes=len(classes))
+    found = median.synthesize(median.Config(), real, teacher, ipc=ipc, seed=0, part=part, track=Track.quiet())
     images, labels = real.pixels("train")
     for cls in classes:
         own = centre_crop(images[labels == cls], real.size)

@@ -10,9 +10,9 @@ from distillery.track import Track
 
 
 def drawn(real: Real, ipc: int, seed: int = 0) -> Synthetic:
-    classes = range(len(real.classes))
+    part = random_real.groups(random_real.Config(), ipc=ipc, classes=len(real.classes))
     return random_real.synthesize(
-        random_real.Config(), real, toy_teacher(real), ipc=ipc, seed=seed, classes=classes, track=Track.quiet()
+        random_real.Config(), real, toy_teacher(real), ipc=ipc, seed=seed, part=part, track=Track.quiet()
     )
 
 

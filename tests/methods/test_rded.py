@@ -1,6 +1,7 @@
 """RDED against plain loops: the crops, the score, the ranking and the mosaic, as reference 2.1 has them."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,12 +13,16 @@ from torchvision.transforms.v2 import functional
 
 from distillery.data.real import Real
 from distillery.errors import UserError
-from distillery.methods import _crops, _selection, rded
+from distillery.methods import Group, _crops, _selection, rded
 from distillery.methods.rded import Config
 from distillery.rng import generator
 from distillery.track import Track
 
 Patch = tuple[float, int, tuple[int, int, int, int], Tensor]
+
+
+def parts(classes: Iterable[int], ipc: int) -> list[Group]:
+    return [Group((cls,), range(ipc)) for cls in classes]
 
 
 def naive_box(areas: list[float], place: list[float], height: int, width: int) -> tuple[int, int, int, int]:
@@ -67,7 +72,7 @@ def naive_mosaic(patches: list[Patch], ipc: int, factor: int, size: int) -> Tens
 def test_selection_equals_plain_loops(real: Real, factor: int, ipc: int) -> None:
     cfg = Config(mipc=9, num_crop=4, factor=factor)
     teacher, classes = toy_teacher(real), range(len(real.classes))
-    found = rded.synthesize(cfg, real, teacher, ipc=ipc, seed=3, classes=classes, track=Track.quiet())
+    found = rded.synthesize(cfg, real, teacher, ipc=ipc, seed=3, part=parts(classes, ipc), track=Track.quiet())
     for cls in classes:
         ranked = naive_patches(cfg, real, teacher, cls, factor, seed=3)
         own = found.labels == cls
@@ -239,7 +244,7 @@ def test_factor_and_patches_are_a_number_or_auto(bad: object) -> None:
 def test_auto_takes_as_many_patches_of_an_image_as_are_needed() -> None:
     real = toy_pixels(per_class=5, size=32)  # large enough that no two crops of an image are the same
     cfg = Config(mipc=5, num_crop=4, patches_per_image="auto")
-    found = rded.synthesize(cfg, real, toy_teacher(real), ipc=12, seed=0, classes=[0], track=Track.quiet())
+    found = rded.synthesize(cfg, real, toy_teacher(real), ipc=12, seed=0, part=parts([0], 12), track=Track.quiet())
     places = found.extras["sources"].flatten()
     assert torch.bincount(places).max() == 3, "ceil(12 / 5) patches of an image at most"
     pairs = torch.cat([places[:, None], found.extras["boxes"].flatten(1)], dim=1)
@@ -248,7 +253,7 @@ def test_auto_takes_as_many_patches_of_an_image_as_are_needed() -> None:
 
 def test_an_mipc_beyond_every_class_is_said_once() -> None:
     real, track = toy_pixels(), ToyTrack()
-    rded.synthesize(Config(), real, toy_teacher(real), ipc=1, seed=0, classes=range(4), track=track)
+    rded.synthesize(Config(), real, toy_teacher(real), ipc=1, seed=0, part=parts(range(4), 1), track=track)
     assert track.notes == ["rded: mipc 300 is more than any class has (15): every image is looked at"]
 
 
@@ -262,7 +267,7 @@ def test_photos_are_read_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(split, cls, indices)
 
     monkeypatch.setattr(real, "read", counted)
-    rded.synthesize(Config(factor=1), real, toy_teacher(real), ipc=3, seed=0, classes=[0], track=Track.quiet())
+    rded.synthesize(Config(factor=1), real, toy_teacher(real), ipc=3, seed=0, part=parts([0], 3), track=Track.quiet())
     assert lengths == [2, 2, 2, 2, 1], "three pairs to score, then three photos to cut the chosen patches from"
 
 
@@ -277,9 +282,9 @@ def test_a_class_that_the_teacher_knows_is_what_it_selects() -> None:
 
     cfg = Config(mipc=12, num_crop=5)
     teacher = ToyTeacher(Bright(), real.size)
-    bright = rded.synthesize(cfg, real, teacher, ipc=3, seed=0, classes=[0, 1], track=Track.quiet())
+    bright = rded.synthesize(cfg, real, teacher, ipc=3, seed=0, part=parts([0, 1], 3), track=Track.quiet())
     plain = ToyTeacher(toy_net(2), real.size)
-    usual = rded.synthesize(cfg, real, plain, ipc=3, seed=0, classes=[0, 1], track=Track.quiet())
+    usual = rded.synthesize(cfg, real, plain, ipc=3, seed=0, part=parts([0, 1], 3), track=Track.quiet())
     mean, other = (found.images_u8.float().mean(dim=(1, 2, 3)) for found in (bright, usual))
     assert mean[:3].mean() > other[:3].mean() > mean[3:].mean() - 30
     assert mean[:3].min() > mean[3:].max()
