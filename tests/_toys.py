@@ -44,11 +44,15 @@ class ToyTeacher:
 
 def toy_net(classes: int) -> nn.Module:
     """Random weights, the same each time; far from uniform, so that scores differ."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
     net.append(nn.Linear(16, classes))
     stream = generator("toy net", classes)
     for parameter in net.parameters():
         parameter.data = torch.randn(parameter.shape, generator=stream)
+    net[1].running_mean = torch.randn(4, generator=stream)
+    net[1].running_var = torch.rand(4, generator=stream) + 0.5
     return net.eval().requires_grad_(False)
 
 
@@ -132,7 +136,7 @@ class ToyTrack(Track):
         if self.saves == self.kill_after:
             raise Killed
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self, quiet: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The kept copy."""
         return self.state
 

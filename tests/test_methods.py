@@ -22,7 +22,11 @@ from distillery.track import Track
 
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
-TOY: dict[str, dict[str, Any]] = {"rded": {"mipc": 10, "num_crop": 3, "factor": 1}}  # options that suit toy data
+NO_REAL = {"sre2l"}  # methods whose images come from noise: no class is too small for them
+TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
+    "rded": {"mipc": 10, "num_crop": 3, "factor": 1},
+    "sre2l": {"iterations": 4, "jitter": 1},
+}
 KINDS = {"pixels": toy_pixels, "photos": toy_photos}
 IPC = 3
 
@@ -134,7 +138,7 @@ def test_a_teacher_that_gives_nan_stops_the_method(name: str) -> None:
     real = toy_pixels()
     broken = toy_teacher(real, broken=True)
     if METHODS[name].NEEDS.teacher:
-        with pytest.raises(NonFiniteLoss, match=r"class 0.*normalisation"):
+        with pytest.raises(NonFiniteLoss, match=r"class(es)? 0.*normalisation"):
             made(name, real, teacher=broken)
     else:
         assert_same(made(name, real), made(name, real, teacher=broken))
@@ -186,6 +190,8 @@ def test_more_images_than_the_smallest_class_has_are_refused(name: str) -> None:
     cfg = methods.config_of(name, {}, "cifar10", 20)
     METHODS[name].check(cfg, ipc=20, size=32, per_class=[40, 20, 30])
     METHODS[name].check(cfg, ipc=20, size=32, per_class=None)
+    if name in NO_REAL:
+        return
     with pytest.raises(UserError, match=r"ipc 21.* 20 .*training images of class 1.*lower ipc to.* 20"):
         METHODS[name].check(cfg, ipc=21, size=32, per_class=[40, 20, 30])
     with pytest.raises(UserError, match="class 0"):
@@ -233,7 +239,7 @@ def test_a_method_says_what_it_implements(name: str) -> None:
 
 
 def test_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'rdde' is unknown; did you mean 'rded'\?; known: random, median, rded"):
+    with pytest.raises(UserError, match=r"'rdde' is unknown; did you mean 'rded'\?; known: random, median, rded, "):
         methods.find("rdde")
     with pytest.raises(UserError, match="did you mean 'median'"):
         methods.config_of("medain", {}, "cifar10", 10)

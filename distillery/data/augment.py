@@ -156,12 +156,13 @@ def _draw_boxes(policy: ViewPolicy, n: int, size: int, source: int, generator: t
 
 
 def random_boxes(
-    n: int, side: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+    n: int, side: int, scale: tuple[float | Tensor, float], ratio: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
     """Boxes [n, 4] (top, left, height, width) in a square image by torchvision's RandomResizedCrop law.
 
     Area is uniform in `scale` of the image, the logarithm of width / height uniform in `ratio`; the first of ten
-    tries that fits is taken, else the largest central box within `ratio`.
+    tries that fits is taken, else the largest central box within `ratio`. The lower bound of the area may be one number
+    for each box, [n, 1].
     """
     area = side * side * _uniform((n, TRIES), scale[0], scale[1], generator)
     low, high = torch.tensor(ratio, dtype=torch.float64).log().tolist()
@@ -179,7 +180,7 @@ def random_boxes(
     return torch.stack([top, left, height, width], dim=1)
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+def _uniform(shape: tuple[int, ...], low: float | Tensor, high: float, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 

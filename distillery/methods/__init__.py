@@ -33,13 +33,14 @@ from typing import Any
 
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
-from distillery.methods import median, random_real, rded
+from distillery.methods import median, random_real, rded, sre2l
 from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
     "random": random_real,
     "median": median,
     "rded": rded,
+    "sre2l": sre2l,
 }
 
 __all__ = [

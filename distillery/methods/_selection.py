@@ -57,8 +57,16 @@ class Scorer:
         return found
 
 
-def scorer(teacher: Teacher, real: Real) -> Scorer:
-    """A scorer whose batches suit the teacher's net and device.
+@dataclass(frozen=True)
+class Look:
+    """What one image shows of a teacher's nets: bytes (in float32) of the largest activation and of all together."""
+
+    largest_bytes: int
+    all_bytes: int
+
+
+def look(teacher: Teacher, real: Real) -> Look:
+    """Run one blank image through the teacher, and see whether it is for this data set.
 
     Raises:
         UserError: the teacher is for another image size or number of classes than the data.
@@ -68,33 +76,43 @@ def scorer(teacher: Teacher, real: Real) -> Scorer:
             f"the teacher takes images of {teacher.size} px and the data set has {real.size} px; train a teacher on "
             f"this data set, or set dataset.size: {teacher.size}"
         )
-    device = teacher.compute.device
-    blank = torch.zeros(1, 3, real.size, real.size, device=device)
-    bytes_per_image, outputs = largest_activation(teacher, blank)
-    if outputs != len(real.classes):
-        raise UserError(
-            f"the teacher has {outputs} outputs and the data set {len(real.classes)} classes; train a teacher on this "
-            "data set"
-        )
-    return Scorer(teacher, max(1, ACTIVATION_BYTES[device.type] // bytes_per_image))
+    found = []
+    for member in teacher.members:
+        sizes, outputs = _activations(member, torch.zeros(1, 3, real.size, real.size, device=member.compute.device))
+        found.append(sizes)
+        if outputs != len(real.classes):
+            raise UserError(
+                f"the teacher has {outputs} outputs and the data set {len(real.classes)} classes; train a teacher on "
+                "this data set"
+            )
+    return Look(max(max(sizes) for sizes in found), max(sum(sizes) for sizes in found))
 
 
-def largest_activation(teacher: Teacher, x_norm: Tensor) -> tuple[int, int]:
-    """Bytes (in float32) of the largest tensor inside the net for one image, and the number of its outputs."""
-    largest = x_norm.numel()
+def scorer(teacher: Teacher, real: Real) -> Scorer:
+    """A scorer whose batches suit the teacher's net and device.
 
-    def look(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal largest
+    Raises:
+        UserError: the teacher is for another image size or number of classes than the data.
+    """
+    largest = look(teacher, real).largest_bytes
+    return Scorer(teacher, max(1, ACTIVATION_BYTES[teacher.compute.device.type] // largest))
+
+
+def _activations(teacher: Teacher, x_norm: Tensor) -> tuple[list[int], int]:
+    """Bytes (in float32) of the input and of each layer's output for one image, and the number of the net's outputs."""
+    sizes = [x_norm.numel()]
+
+    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
-            largest = max(largest, output.numel())
+            sizes.append(output.numel())
 
-    hooks = [module.register_forward_hook(look) for module in teacher.net.modules()]
+    handles = [module.register_forward_hook(hook) for module in teacher.net.modules() if not list(module.children())]
     try:
         outputs = teacher.logits(x_norm).shape[1]
     finally:
-        for hook in hooks:
-            hook.remove()
-    return 4 * largest // len(x_norm), outputs
+        for handle in handles:
+            handle.remove()
+    return [4 * size // len(x_norm) for size in sizes], outputs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,498 @@
+"""The recover loop: optimise images until a frozen teacher finds its own statistics in them.
+
+One loop for the whole family (SRe2L, CDA, SRe2L++, DWA, DELT, G-VBSM, WMDD); a method's file declares a `Recovery` and
+says which images share a `Group`. Each step of a group: draw a view, loss = CE + the taps' losses (`_matching`) + the
+method's own terms, one Adam step on the pixels (betas .5, .9), clamp to the range of real pixels. The last iterate is
+kept as uint8.
+
+What makes it fast changes no image: the teacher is frozen, so nothing is computed for its weights; a group's images
+meet those of other groups only in the same call of the teacher, so as many groups as memory allows share one
+(a pack); statistics need no autograd graph; losses are looked at every `LOOK` steps.
+
+Legend: M iterations, G groups in a pack, c classes of a group, s images of a class, n = c * s, S side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distillery.data import augment
+from distillery.data.synthetic import Synthetic
+from distillery.errors import NonFiniteLoss, UserError
+from distillery.methods import _selection
+from distillery.methods._contract import Group, Teacher, in_order
+from distillery.methods._matching import Switch, Tap, norm_taps, norms, tapped
+from distillery.methods._views import ViewLaw, Views, back, draw, matrices, see
+from distillery.rng import generator
+
+if TYPE_CHECKING:
+    from distillery.data.real import Real
+    from distillery.track import Track
+
+BETAS, EPS = (0.5, 0.9), 1e-8
+LOOK = 50  # steps between looks at the losses: each look waits for the device
+CPU_IMAGES = 100  # images of a pack on a CPU: enough to pay for a step's overhead, few enough for its caches
+MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a method's own term is computed from, for one step of a pack.
+
+    Attributes:
+        views: [G, n, 3, S, S] normalised views; the gradient flows through them.
+        logits: [G, n, classes] float32.
+        features: [G, n, D] float32, input of the last linear layer.
+        groups: the G groups.
+        slots: how many images of each class are active (they lie class after class).
+        step: which iteration.
+    """
+
+    views: Tensor
+    logits: Tensor
+    features: Tensor
+    groups: Sequence[Group]
+    slots: int
+    step: int
+
+
+Taps = Callable[[Teacher, Sequence[Group]], tuple[list[Tap], int]]
+Term = Callable[[Seen], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What a method declares.
+
+    Attributes:
+        name: the method, in errors and as the address of its random streams.
+        iterations: M.
+        lr: base learning rate, on normalised pixels.
+        law: how views are drawn.
+        init: a group's first images [c, s, 3, S, S], normalised; called once per group.
+        taps: the taps of one teacher for a pack's groups, and the segments of one group (1: a group's images are
+            matched together); default: BatchNorm inputs against the running statistics, weighted by `r_bn`, `r_var`
+            and `first_bn`.
+        r_bn, r_var, first_bn: see `_matching.norm_taps`.
+        r_ce: weight of the cross-entropy.
+        terms: the method's own losses by name, each Seen -> [G].
+        factor: [M] factors on the learning rate; default: half a cosine from 1 to 0.
+        starts: first iteration of each slot, rising from 0 (DELT); default: all at 0.
+        restarts: iterations at which the optimiser starts anew.
+        ascent: (rho, K) of DWA's directed weight adjustment.
+    """
+
+    name: str
+    iterations: int
+    lr: float
+    law: ViewLaw
+    init: Callable[[Group], Tensor]
+    taps: Taps | None = None
+    r_bn: float = 0.0
+    r_var: float = 1.0
+    first_bn: float = 10.0
+    r_ce: float = 1.0
+    terms: dict[str, Term] = field(default_factory=dict)
+    factor: Tensor | None = None
+    starts: tuple[int, ...] = ()
+    restarts: tuple[int, ...] = ()
+    ascent: tuple[float, int] | None = None
+
+    def active(self, slots: range, step: int) -> int:
+        """How many of a group's slots move at an iteration."""
+        return sum(self.starts[slot] <= step for slot in slots) if self.starts else len(slots)
+
+    def rates(self) -> Tensor:
+        """Learning rate at each iteration, [M] float64."""
+        return self.lr * (cosine(self.iterations) if self.factor is None else self.factor)
+
+
+def cosine(iterations: int) -> Tensor:
+    """Half a cosine from 1 to 0, [M] float64."""
+    return (1 + torch.cos(math.pi * torch.arange(iterations, dtype=torch.float64) / iterations)) / 2
+
+
+def one_per_class(classes: int, ipc: int, batch: int) -> list[Group]:
+    """SRe2L's groups: one image of each of up to `batch` consecutive classes."""
+    chunks = [tuple(range(at, min(classes, at + batch))) for at in range(0, classes, batch)]
+    return [Group(chunk, range(slot, slot + 1)) for chunk in chunks for slot in range(ipc)]
+
+
+def class_major(classes: int, ipc: int, batch: int) -> list[Group]:
+    """DELT's, G-VBSM's and WMDD's groups: all IPC images of as many consecutive classes as `batch` holds."""
+    step = max(1, batch // ipc)
+    return [Group(tuple(range(at, min(classes, at + step))), range(ipc)) for at in range(0, classes, step)]
+
+
+def noise(name: str, seed: int, size: int) -> Callable[[Group], Tensor]:
+    """First images N(0, 1) in normalised space, a stream for each group."""
+
+    def init(group: Group) -> Tensor:
+        shape = (len(group.classes), len(group.slots), 3, size, size)
+        return torch.randn(shape, generator=generator(seed, name, "init", group.name))
+
+    return init
+
+
+def given(images_u8: dict[int, Tensor], teacher: Teacher) -> Callable[[Group], Tensor]:
+    """First images from real ones: class -> [IPC, 3, S, S] uint8."""
+
+    def init(group: Group) -> Tensor:
+        own = torch.stack([images_u8[cls][list(group.slots)] for cls in group.classes])
+        flat = augment.normalise(own.flatten(0, 1), teacher.mean, teacher.std)
+        return flat.view(own.shape).contiguous()
+
+    return init
+
+
+def once(track: Track, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
+    """First images of each class, made once and kept beside the checkpoint until the step ends."""
+    kept = track.load(quiet=True)
+    if kept is not None:
+        return {int(cls): images for cls, images in kept[0].items()}
+    found = make()
+    track.save({str(cls): images for cls, images in found.items()}, {})
+    return found
+
+
+def check_norms(name: str, teacher: Teacher) -> None:
+    """Refuse teachers without BatchNorm statistics.
+
+    Raises:
+        UserError: names the net.
+    """
+    for member in teacher.members:
+        lacking = [m for m in norms(member.net) if m.running_mean is None]
+        if not norms(member.net) or lacking:
+            raise UserError(
+                f"{name} matches BatchNorm statistics, and the teacher {type(member.net).__name__} has "
+                f"{'BatchNorm layers without running statistics' if lacking else 'no BatchNorm2d layer'}; choose a "
+                "teacher net with BatchNorm, or a method that needs none (rded, median, random)"
+            )
+
+
+def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Group], seed: int, track: Track) -> Tensor:
+    """Run the loop over some groups.
+
+    Args:
+        recovery: what the method declares.
+        real: gives the number of classes and the image size, which the teacher must share.
+        teacher: one, or several that take turns, one an iteration.
+        part: the groups to make.
+        seed: of views (and of the method's `init`).
+        track: progress and checkpoints; a killed loop continues to the same images (bit for bit on CPU).
+
+    Returns:
+        [images, 3, S, S] uint8 on the CPU, ordered by class and slot.
+
+    Raises:
+        UserError: a teacher for other data, or memory too small for one group.
+        NonFiniteLoss: names group, step and term.
+    """
+    check_norms(recovery.name, teacher)
+    net_bytes = _selection.look(teacher, real).all_bytes
+    kept = track.load()
+    packs = _cut(part, kept[1]["sizes"]) if kept else _packs(recovery, part, net_bytes, teacher, track)
+    total, done, first = len(packs) * recovery.iterations, list[Tensor](), 0
+    if kept is not None:
+        first = int(kept[1]["pack"])
+        done = [kept[0][f"done{place}"] for place in range(first)]
+    for index, pack in enumerate(packs[first:], start=first):
+        run = _Pack(recovery, teacher, pack, seed)
+        if kept is not None and index == first:
+            run.restore(kept[0], kept[1])
+        with run.ready():
+            while run.step < recovery.iterations:
+                run.advance()
+                if run.step % LOOK == 0 or run.step == recovery.iterations:
+                    run.look()
+                track.log(index * recovery.iterations + run.step, total, **run.said)
+                if track.due() and (run.step < recovery.iterations or index + 1 < len(packs)):
+                    run.look()
+                    tensors = {f"done{place}": images for place, images in enumerate(done)} | run.state()
+                    track.save(tensors, {"pack": index, "step": run.step, "sizes": [len(each) for each in packs]})
+        done.append(run.images_u8())
+    track.clear()
+    made = dict(zip([image for group in part for image in group.images], torch.cat(done), strict=True))
+    return torch.stack([made[image] for image in in_order(part)])
+
+
+def as_set(images_u8: Tensor, part: Sequence[Group], **extras: Tensor) -> Synthetic:
+    """The recovered images of a part as a set."""
+    return Synthetic(images_u8, torch.tensor([cls for cls, _ in in_order(part)]), dict(extras))
+
+
+def planned_bytes(images: int, size: int, net_bytes: int) -> int:
+    """Memory of a pack: activations, and pixels, gradient and Adam's two moments in fp32."""
+    return images * (net_bytes + 8 * 3 * size * size * 4)
+
+
+def _packs(
+    recovery: Recovery, part: Sequence[Group], net_bytes: int, teacher: Teacher, track: Track
+) -> list[list[Group]]:
+    """Consecutive groups of equal shape that share calls of the teacher; says the planned peak.
+
+    Raises:
+        UserError: the memory does not hold one group.
+    """
+    largest = max(len(group.images) for group in part)
+    free = _free_bytes(teacher.compute.device)
+    per_image = planned_bytes(1, teacher.size, net_bytes)
+    fitting = int(MEMORY_SHARE * free) // per_image
+    if fitting < largest:
+        raise UserError(
+            f"{recovery.name}: one group of {largest} images needs about {largest * per_image / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower its option batch (now groups of "
+            f"{largest}), or use precision: bf16"
+        )
+    most = min(fitting, CPU_IMAGES) if teacher.compute.device.type == "cpu" else fitting
+    packs: list[list[Group]] = []
+    for group in part:
+        last = packs[-1] if packs else []
+        alike = bool(last) and _shape(last[0]) == _shape(group)
+        if alike and recovery.starts:
+            alike = last[0].slots == group.slots
+        if alike and recovery.ascent is None and (len(last) + 1) * len(group.images) <= most:
+            last.append(group)
+        else:
+            packs.append([group])
+    images = max(sum(len(group.images) for group in pack) for pack in packs)
+    track.note(
+        f"{recovery.name}: {len(part)} groups of up to {largest} images in {len(packs)} packs, planned peak "
+        f"{images * per_image / 2**30:.2f} of {free / 2**30:.1f} GiB"
+    )
+    return packs
+
+
+def _cut(part: Sequence[Group], sizes: Sequence[int]) -> list[list[Group]]:
+    """The packs of a run that is continued (the free memory may have changed since)."""
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    return [list(part[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _shape(group: Group) -> tuple[int, int]:
+    return len(group.classes), len(group.slots)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**62  # not Linux: nothing is known
+
+
+class _Pack:
+    """Groups that go through the loop together."""
+
+    def __init__(self, recovery: Recovery, teacher: Teacher, groups: list[Group], seed: int) -> None:
+        self.recovery, self.teacher, self.groups = recovery, teacher, groups
+        device, size = teacher.compute.device, teacher.size
+        double = any(p.dtype == torch.float64 for member in teacher.members for p in member.net.parameters())
+        pixels = torch.float64 if double else torch.float32
+        self.first = torch.stack([recovery.init(group) for group in groups]).to(device, pixels)
+        self.views: list[Views] = [
+            draw(recovery.law, recovery.iterations, size, generator(seed, recovery.name, "views", group.name))
+            for group in groups
+        ]
+        self.classes = torch.tensor([group.classes for group in groups], device=device)
+        mean, std = (torch.tensor(v, device=device, dtype=pixels).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+        self.low, self.high = -mean / std, (1 - mean) / std
+        self.mean, self.std = mean, std
+        self.rates = recovery.rates().tolist()
+        self.turns = [_Turn(recovery, member, groups) for member in teacher.members]
+        self.step, self.age = 0, 0
+        self.records: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self.said: dict[str, float | str] = {}
+        active = recovery.active(groups[0].slots, 0)
+        self.x = self.first[:, :, :active].clone(memory_format=torch.contiguous_format)
+        self.m, self.v = torch.zeros_like(self.x), torch.zeros_like(self.x)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Taps at their layers, and weights adjusted where the method asks for it; all undone afterwards."""
+        with contextlib.ExitStack() as stack:
+            for turn in self.turns:
+                stack.enter_context(tapped(turn.taps, turn.switch))
+                if self.recovery.ascent:
+                    stack.enter_context(self._ascended(turn.member, *self.recovery.ascent))
+            yield
+
+    def advance(self) -> None:
+        """One step of every group of the pack."""
+        recovery, step = self.recovery, self.step
+        self._activate()
+        if step in recovery.restarts:
+            self.m.zero_()
+            self.v.zero_()
+            self.age = 0
+        rows, columns = matrices(self.views, step, self.teacher.size, self.x.device)
+        flat = self.x.flatten(1, 2)
+        views = see(flat, rows, columns).requires_grad_()
+        loss, names, values = self._loss(views, step)
+        (gradient,) = torch.autograd.grad(loss, views)
+        self.records.append((step, names, values))
+        self._adam(back(gradient, rows, columns).view_as(self.x), self.rates[step])
+        self.step += 1
+
+    def look(self) -> None:
+        """Fetch the losses since the last look and stop at one that is not a number.
+
+        Raises:
+            NonFiniteLoss: names group, step and term.
+        """
+        records, self.records = self.records, []
+        if not records:
+            return
+        sizes = [len(names) for _, names, _ in records]
+        for (step, names, _), values in zip(
+            records, torch.cat([v for _, _, v in records]).cpu().split(sizes), strict=True
+        ):
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                term, group = bad[0].tolist()
+                raise NonFiniteLoss(
+                    f"{self.recovery.name}: {names[term]} is {float(values[term, group])} at step {step} for "
+                    f"{self.groups[group].name}; check the teacher's weights and its normalisation, lower lr (now "
+                    f"{self.recovery.lr}), or use precision: fp32"
+                )
+            self.said = {
+                name: round(float(value), 4) for name, value in zip(names, values.double().mean(1), strict=True)
+            }
+
+    def images_u8(self) -> Tensor:
+        """[images, 3, S, S] uint8, group after group, class after class."""
+        pixels = (self.x * self.std + self.mean) * 255
+        return pixels.round_().clamp_(0, 255).to(torch.uint8).flatten(0, 2).cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of this pack."""
+        held = {"x": self.x, "m": self.m, "v": self.v, "age": torch.tensor(self.age)}
+        for number, turn in enumerate(self.turns):
+            for place, tap in enumerate(turn.taps):
+                held |= {f"tap/{number}/{place}/{name}": tensor for name, tensor in tap.state.items()}
+        return held
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take a checkpoint up."""
+        device = self.x.device
+        self.x, self.m, self.v = (tensors[name].to(device) for name in ("x", "m", "v"))
+        self.age, self.step = int(tensors["age"]), int(values["step"])
+        for name, tensor in tensors.items():
+            if name.startswith("tap/"):
+                _, number, place, key = name.split("/", 3)
+                self.turns[int(number)].taps[int(place)].state[key] = tensor.to(device)
+
+    def _activate(self) -> None:
+        """Let images whose time has come join; until then they cost nothing."""
+        now, wanted = self.x.shape[2], self.recovery.active(self.groups[0].slots, self.step)
+        if wanted > now:
+            fresh = self.first[:, :, now:wanted]
+            self.x = torch.cat([self.x, fresh], dim=2)
+            self.m, self.v = (torch.cat([held, torch.zeros_like(fresh)], dim=2) for held in (self.m, self.v))
+
+    def _loss(self, views: Tensor, step: int) -> tuple[Tensor, tuple[str, ...], Tensor]:
+        """The loss to differentiate (the taps add their own gradients), names of the terms, and their values [T, G]."""
+        recovery, groups = self.recovery, len(self.groups)
+        turn = self.turns[step % len(self.turns)]
+        with turn.switch.on(groups * turn.segments), turn.watched() as features:
+            logits = turn.logits(views.flatten(0, 1)).view(groups, views.shape[1], -1)
+        targets = self.classes[:, :, None].expand(-1, -1, self.x.shape[2]).flatten(1)
+        each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        terms = {"cross-entropy": recovery.r_ce * each.mean(1)}
+        if recovery.terms:
+            inner = features[0].float().view(groups, views.shape[1], -1)
+            seen = Seen(views, logits, inner, self.groups, self.x.shape[2], step)
+            terms |= {name: term(seen) for name, term in recovery.terms.items()}
+        loss = torch.stack(list(terms.values())).sum()
+        if turn.taps:
+            matched = torch.stack([tap.values.view(groups, turn.segments).sum(1) for tap in turn.taps]).sum(0)
+            terms["statistics loss"] = matched.to(loss.dtype)
+        return loss, tuple(terms), torch.stack(list(terms.values())).detach()
+
+    def _adam(self, gradient: Tensor, lr: float) -> None:
+        self.age += 1
+        self.m.lerp_(gradient, 1 - BETAS[0])
+        self.v.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        scale = self.v.sqrt().div_(math.sqrt(1 - BETAS[1] ** self.age)).add_(EPS)
+        self.x.addcdiv_(self.m, scale, value=-lr / (1 - BETAS[0] ** self.age))
+        self.x.clamp_(self.low, self.high)
+
+    @contextlib.contextmanager
+    def _ascended(self, member: Teacher, rho: float, steps: int) -> Iterator[None]:
+        """DWA: K normalised gradient steps up the CE of the first images, of length rho in all; buffers stay.
+
+        The weights depend on the first images and the first view alone, so a continued run finds them again.
+        """
+        weights: list[Tensor] = list(member.net.parameters())
+        before = [weight.detach().clone() for weight in weights]
+        rows, columns = matrices(self.views, 0, self.teacher.size, self.x.device)
+        images = see(self.first.flatten(1, 2), rows, columns).flatten(0, 1)
+        targets = self.classes[:, :, None].expand(-1, -1, self.first.shape[2]).flatten()
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            for _ in range(steps):
+                loss = functional.cross_entropy(_logits(member, images), targets)
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+                length = torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt() + 1e-12
+                with torch.no_grad():
+                    torch._foreach_add_(weights, [g * (rho / steps / length) for g in gradients])
+            for weight in weights:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.requires_grad_(False).copy_(old)
+
+
+class _Turn:
+    """One teacher at work: its taps, its segments and its features."""
+
+    def __init__(self, recovery: Recovery, member: Teacher, groups: Sequence[Group]) -> None:
+        self.member, self.switch = member, Switch()
+        if recovery.taps is not None:
+            self.taps, self.segments = recovery.taps(member, groups)
+        else:
+            self.taps = norm_taps(member.net, r_bn=recovery.r_bn, r_var=recovery.r_var, first_bn=recovery.first_bn)
+            self.segments = 1
+        self.watches = bool(recovery.terms)
+
+    def logits(self, x_norm: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, C] float32, with gradients to the images."""
+        return _logits(self.member, x_norm)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """Collect the input of the net's last linear layer."""
+        found: list[Tensor] = []
+        layers = [m for m in self.member.net.modules() if isinstance(m, nn.Linear)] if self.watches else []
+        handle = layers[-1].register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0])) if layers else None
+        try:
+            yield found
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _logits(member: Teacher, x_norm: Tensor) -> Tensor:
+    """As `Frozen.logits`, with gradients."""
+    with member.compute.autocast():
+        out: Tensor = member.net(member.compute.images(x_norm))
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def work(forwards: int, images: int, size: int) -> dict[str, int]:
+    """An estimate: what the teacher sees, and pixels with gradient and moments in fp32 beside the set itself."""
+    return {"forwards": forwards, "peak_bytes": images * 3 * size * size * (1 + 8 * 4)}
