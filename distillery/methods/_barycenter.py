@@ -1,4 +1,4 @@
-"""The Wasserstein barycenter of one empirical measure on few atoms (WMDD, arXiv 2311.18531, section 8.1.3 there).
+"""The Wasserstein barycenter of one empirical measure on few atoms, as WMDD uses it (arXiv 2311.18531).
 
 Of all measures sum_i w_i delta(B_i) with k atoms, the one nearest (W2) to the n given points of mass 1/n each. With
 equal weights this is k-means in which every atom owns the same mass. Solved by the fixed-point iteration of
