@@ -22,10 +22,14 @@ from distillery.track import Track
 
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
-NO_REAL = {"sre2l"}  # methods whose images come from noise: no class is too small for them
+NO_REAL = {"sre2l", "cda"}  # methods whose images come from noise: no class is too small for them
 TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
     "rded": {"mipc": 10, "num_crop": 3, "factor": 1},
     "sre2l": {"iterations": 4, "jitter": 1},
+    "cda": {"iterations": 4, "jitter": 1},
+    "sre2lpp": {"iterations": 4, "jitter": 1, "mipc": 10, "num_crop": 3, "factor": 1},
+    "dwa": {"iterations": 4, "K": 2, "jitter": 1},
+    "delt": {"iterations": 6, "round_iterations": 2},
 }
 KINDS = {"pixels": toy_pixels, "photos": toy_photos}
 IPC = 3
@@ -179,8 +183,8 @@ def test_estimate_counts_the_teachers_images(name: str, kind: str) -> None:
         size=real.size,
         train=train,
     )
-    needed = METHODS[name].NEEDS.teacher
-    assert net.images == said["forwards"] + (1 if needed else 0), "one image more asks the net for its sizes"
+    looks = net.images - said["forwards"]  # images that ask the net for its sizes, once in choosing, once in a loop
+    assert looks in ((1, 2) if METHODS[name].NEEDS.teacher else (0,))
     assert said["peak_bytes"] >= len(real.classes) * IPC * 3 * real.size**2
     assert set(said) == {"forwards", "peak_bytes"}
 

@@ -156,14 +156,22 @@ def given(images_u8: dict[int, Tensor], teacher: Teacher) -> Callable[[Group], T
     return init
 
 
-def once(track: Track, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
-    """First images of each class, made once and kept beside the checkpoint until the step ends."""
-    kept = track.load(quiet=True)
+def once(track: Track, make: Callable[[Track], dict[int, Tensor]]) -> dict[int, Tensor]:
+    """First images of each class, chosen once and kept beside the checkpoint until the step ends."""
+    chosen = track.child("chosen")
+    kept = chosen.load(quiet=True)
     if kept is not None:
         return {int(cls): images for cls, images in kept[0].items()}
-    found = make()
-    track.save({str(cls): images for cls, images in found.items()}, {})
+    choosing = track.child("choosing")
+    found = make(choosing)
+    chosen.save({str(cls): images for cls, images in found.items()}, {})
+    choosing.clear()
     return found
+
+
+def classes_in(part: Sequence[Group]) -> list[int]:
+    """The classes of a part, ascending."""
+    return sorted({cls for group in part for cls in group.classes})
 
 
 def check_norms(name: str, teacher: Teacher) -> None:
