@@ -7,9 +7,10 @@
 
 A case is method:GxN, G groups of N images. sre2l and dwa: one image of each class in a group. delt: all `--ipc` images
 of N / ipc classes in a group. Every way runs whole loops (lr from full to zero, every crop of the curriculum, every
-round of DELT) of `--steps` iterations, in turn, `--repeats` times; DWA's K is scaled with them. The reference takes one
-group at a time and so is timed on one, and so is DWA, whose groups have weights of their own. A rate is steps of a
-group per second; TFLOP/s count a forward and a backward to the images, 4 * MAC, for every image that is optimised.
+round of DELT) of `--steps` iterations, in turn, `--repeats` times; DWA's K is scaled with them. What takes one group
+at a time is timed on one: the reference, DWA, whose groups have weights of their own, and ours on a CPU, where the line
+"packed as on a GPU" shows what that costs. A rate is steps of a group per second; TFLOP/s count a forward and a
+backward to the images, 4 * MAC, for every image that is optimised.
 
 Then both run `--compared` iterations in fp32 (on CUDA without TF32), and their images are compared. Adam's first steps
 have the length lr whatever the gradient's: where it is about zero, its sign, and so the pixel, depends on rounding, and
@@ -23,6 +24,7 @@ statistics of smooth noise. RESULT gets config.json, metrics.json, log.txt and, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,7 +33,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -350,18 +352,34 @@ def ways(asked: Setting, others: dict[str, Setting], steps: int) -> dict[str, Wa
         given = start(asked, asked.groups[0], steps)  # views of the whole schedule; a warm-up sees its first ones
         return lambda m: reference(asked, given, asked.plan(m, ascent(m), frozen))
 
-    def own(one: Setting, groups: Sequence[Group]) -> Way:
-        return Way(lambda m: ours(one, groups, m, ascent(m)), len(groups))
+    def own(one: Setting, groups: Sequence[Group], packed: bool) -> Way:
+        def work(iterations: int) -> None:
+            with packing(packed):
+                ours(one, groups if packed else groups[:1], iterations, ascent(iterations))
 
-    packs = asked.case.method != "dwa"  # every group of DWA has weights of its own, so none shares a call
+        return Way(work, len(groups) if packed else 1)
+
+    several = asked.case.method != "dwa" and len(asked.groups) > 1  # DWA's groups have weights of their own each
+    usual = several and asked.teacher.compute.device.type == "cuda"
     found = {"reference": Way(theirs(False), 1)}
     if asked.case.method == "dwa":
         found["reference, weights frozen"] = Way(theirs(True), 1)
     for name, one in {"ours": asked, **others}.items():
-        found[name] = own(one, asked.groups if packs else asked.groups[:1])
-    if packs and len(asked.groups) > 1:
-        found["ours, group by group"] = own(asked, asked.groups[:1])
+        found[name] = own(one, asked.groups, usual)
+    if several:
+        found["ours, group by group" if usual else "ours, packed as on a GPU"] = own(asked, asked.groups, not usual)
     return found
+
+
+@contextlib.contextmanager
+def packing(wanted: bool) -> Iterator[None]:
+    """Let groups share calls on a CPU too, where the library makes each alone so that its bytes are always the same."""
+    before = _recover.CPU_IMAGES
+    _recover.CPU_IMAGES = 10**9 if wanted else before
+    try:
+        yield
+    finally:
+        _recover.CPU_IMAGES = before
 
 
 def clocked(way: Way, steps: int, device: torch.device) -> dict[str, float]:
