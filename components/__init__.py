@@ -4,7 +4,9 @@
 from components._step import IMAGE
 from components.plan import plan
 from components.prepare_data import prepare_data
+from components.plan_teachers import plan_teachers
 from components.train_teacher import train_teacher
+from components.gather_teachers import gather_teachers
 from components.synthesize import synthesize
 from components.relabel import relabel
 from components.evaluate_student import evaluate_student
@@ -15,7 +17,9 @@ __all__ = [
     "IMAGE",
     "plan",
     "prepare_data",
+    "plan_teachers",
     "train_teacher",
+    "gather_teachers",
     "synthesize",
     "relabel",
     "evaluate_student",

@@ -22,12 +22,12 @@ def cell(
     checkpoints: str,
     attempt: str,
     data: Input[Dataset],
-    teacher: Input[Model],
+    teachers: Input[Model],
 ) -> Artifact:
     """An inner pipeline, because only its parameters can carry each cell's own CPU, memory and GPUs."""
     own, pods = (cpu, memory, gpus), Pods(image, gpu_type, tolerations, node_selector, s3_secret)
     store = {"s3_endpoint": s3_endpoint, "checkpoints": checkpoints}
-    known = {"cell": cell, "teacher": teacher, "attempt": attempt, **store}
+    known = {"cell": cell, "teachers": teachers, "attempt": attempt, **store}
     made = fit(synthesize(data=data, **known), pods, *own).outputs["synthetic"]
     labels = fit(relabel(synthetic=made, **known), pods, *own).outputs["labels"]
     result = fit(evaluate_student(data=data, synthetic=made, labels=labels, **known), pods, *own)

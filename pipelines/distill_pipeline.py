@@ -1,10 +1,11 @@
-"""The DAG: plan -> prepare_data -> train_teacher -> for each cell (see cell.py) -> report -> verdict."""
+"""The DAG: plan, data, for each teacher (teacher.py), gather, for each cell (cell.py), report, verdict."""
 
 from kfp import dsl
 
-from components import IMAGE, plan, prepare_data, report, train_teacher, verdict
+from components import IMAGE, gather_teachers, plan, plan_teachers, prepare_data, report, verdict
 from pipelines.cell import cell
 from pipelines.resources import ANY_NODE, CELLS_AT_ONCE, NEEDS, NO_TOLERATIONS, Pods, fit
+from pipelines.teacher import teacher
 
 
 @dsl.pipeline(name="distill", description="Real images in; a few synthetic images per class with soft labels out.")
@@ -31,10 +32,16 @@ def distill(
     pods = Pods(**place, s3_secret=s3_secret)
     cells = fit(plan(experiment=experiment, **code), pods)
     data = fit(prepare_data(experiment=cells.outputs["upstream"], **store), pods, data_cpu, data_memory).outputs["data"]
-    taught = train_teacher(experiment=cells.outputs["upstream"], data=data, **store)
-    teacher = fit(taught, pods, teacher_cpu, teacher_memory, teacher_gpus).outputs["teacher"]
+    wanted = fit(plan_teachers(experiment=cells.outputs["gathering"], code_version=code_version), pods)
+    with dsl.ParallelFor(wanted.output, parallelism=CELLS_AT_ONCE) as t:
+        own = {"cpu": teacher_cpu, "memory": teacher_memory, "gpus": teacher_gpus, "s3_secret": s3_secret}
+        taught = teacher(wanted=t, data=data, **own, **place, **store)
+    all_ = gather_teachers(
+        experiment=cells.outputs["gathering"], data=data, models=dsl.Collected(taught.output), **store
+    )
+    teachers = fit(all_, pods, teacher_cpu, teacher_memory, teacher_gpus).outputs["teachers"]
     with dsl.ParallelFor(cells.outputs["Output"], parallelism=CELLS_AT_ONCE) as c:
         own = {"cell": c, "cpu": c.cpu, "memory": c.memory, "gpus": c.gpus, "attempt": attempt, "s3_secret": s3_secret}
-        one = cell(data=data, teacher=teacher, **own, **place, **store)
+        one = cell(data=data, teachers=teachers, **own, **place, **store)
     found = fit(report(experiment=experiment, results=dsl.Collected(one.output), **code), pods)
     fit(verdict(failures=found.outputs["Output"]), pods)

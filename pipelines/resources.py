@@ -14,7 +14,7 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 MINUTES, HOURS = 60, 3600
-CELLS_AT_ONCE = 8  # pods of the loop; a cluster without room for so many queues them
+CELLS_AT_ONCE = 8  # pods of a loop; a cluster without room for so many queues them
 NO_TOLERATIONS: List[dict] = []
 ANY_NODE: Dict[str, str] = {}
 
@@ -35,7 +35,9 @@ NEEDS = {
     # plan reads what a URI points to, so equal arguments may mean another experiment; report and verdict cost nothing.
     "plan": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
     "prepare_data": Need("4", "8Gi", "", "1Gi", 24 * HOURS, cached=True),
+    "plan_teachers": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
     "train_teacher": Need("4", "16Gi", "0", "1Gi", 72 * HOURS, cached=True),
+    "gather_teachers": Need("4", "16Gi", "0", "1Gi", 24 * HOURS, cached=True),
     "synthesize": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
     "relabel": Need("", "", "", "1Gi", 24 * HOURS, cached=True),
     "evaluate_student": Need("", "", "", "1Gi", 72 * HOURS, cached=True),

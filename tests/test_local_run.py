@@ -21,7 +21,7 @@ from distillery import artifact, run
 from distillery.console import emit
 from pipelines import demo, local_run
 
-MADE = ("prepare_data", "train_teacher", "synthesize", "relabel", "evaluate_student")
+MADE = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
 EXPERIMENT = """
 name: small
 dataset: {name: digits, per_class: 12}
@@ -63,16 +63,19 @@ def by_hand(folder: Path) -> dict[str, Path]:
     """The components' Python functions, called one after the other as anybody could."""
     at = {step: folder / step for step in MADE}
     folder.mkdir()
-    (cell,) = components.plan.python_func(EXPERIMENT, str(folder / "upstream"))
-    upstream = (folder / "upstream").read_text()
+    (cell,) = components.plan.python_func(EXPERIMENT, str(folder / "upstream"), str(folder / "gathering"))
+    gathering = (folder / "gathering").read_text()
+    (wanted,) = components.plan_teachers.python_func(gathering)
     data, teacher = dsl.Dataset(uri=str(at["prepare_data"])), dsl.Model(uri=str(at["train_teacher"]))
+    teachers = dsl.Model(uri=str(at["gather_teachers"]))
     made, labels = dsl.Dataset(uri=str(at["synthesize"])), dsl.Artifact(uri=str(at["relabel"]))
     result, metrics = dsl.Artifact(uri=str(at["evaluate_student"])), dsl.Metrics()
-    components.prepare_data.python_func(upstream, data)
-    components.train_teacher.python_func(upstream, data, teacher)
-    components.synthesize.python_func(cell, data, teacher, made)
-    components.relabel.python_func(cell, made, teacher, labels)
-    components.evaluate_student.python_func(cell, data, teacher, made, labels, result, metrics)
+    components.prepare_data.python_func((folder / "upstream").read_text(), data)
+    components.train_teacher.python_func(wanted, data, teacher)
+    components.gather_teachers.python_func(gathering, data, [teacher], teachers)
+    components.synthesize.python_func(cell, data, teachers, made)
+    components.relabel.python_func(cell, made, teachers, labels)
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
     assert metrics.metadata["acc_last_0_convnet1_fair_soft_epochs_3"] > 0
     return at
 

@@ -13,7 +13,10 @@ from pipelines.compile import PACKAGE, compile_to, documents, main
 
 STEPS = [name for name in components.__all__ if name != "IMAGE"]
 CELL = ("synthesize", "relabel", "evaluate_student")
-LONG = ("prepare_data", "train_teacher", *CELL)
+TEACHERS = ("train_teacher", "gather_teachers")
+LONG = ("prepare_data", *TEACHERS, *CELL)
+OWN = {"prepare_data": "data_", "gather_teachers": "teacher_"}  # prefix of the parameters in the root
+INNER = {"train_teacher": "comp-teacher"} | dict.fromkeys(CELL, "comp-cell")
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +93,31 @@ def test_every_parameter_has_a_default_and_recurring_runs_can_send_strings(packa
 
 def test_dag_is_the_flow(package: list[Any]) -> None:
     places = {name: where for where, name, _ in tasks(package) if name.replace("-", "_") in STEPS}
-    assert list(map(dash, STEPS)) == sorted(places, key=lambda name: STEPS.index(name.replace("-", "_")))
-    assert {places[dash(name)] for name in CELL} == {"comp-cell"}
-    assert {places[dash(name)] for name in STEPS if name not in CELL} == {"root"}
+    assert sorted(places) == sorted(map(dash, STEPS))
+    loop = next(where for where, name, _ in tasks(package) if name == "teacher")
+    assert task(package, "gather_teachers")["inputs"]["artifacts"]["models"]["taskOutputArtifact"] == {
+        "producerTask": loop.removeprefix("comp-"),
+        "outputArtifactKey": "pipelinechannel--teacher-Output",
+    }
+    for name in STEPS:
+        assert places[dash(name)] == INNER.get(name, "root")
     source = task(package, "report")["inputs"]["artifacts"]["results"]["taskOutputArtifact"]
     assert source["producerTask"].startswith("for-loop")
     failures = task(package, "verdict")["inputs"]["parameters"]["failures"]["taskOutputParameter"]
     assert failures == {"producerTask": "report", "outputParameterKey": "Output"}
-    for name in ("prepare_data", "train_teacher"):
+    early = {"prepare_data": "upstream", "plan_teachers": "gathering", "gather_teachers": "gathering"}
+    for name, text in early.items():
         experiment = task(package, name)["inputs"]["parameters"]["experiment"]["taskOutputParameter"]
-        assert experiment == {"producerTask": "plan", "outputParameterKey": "upstream"}, "not the whole experiment"
+        assert experiment == {"producerTask": "plan", "outputParameterKey": text}, "not the whole experiment"
 
 
-def test_one_flat_loop_and_no_conditions(package: list[Any]) -> None:
+def test_flat_loops_over_teachers_and_cells_and_no_conditions(package: list[Any]) -> None:
     loops = [
         (where, name, t) for where, name, t in tasks(package) if "parameterIterator" in t or "artifactIterator" in t
     ]
-    assert [where for where, _, _ in loops] == ["root"]
-    assert loops[0][2]["iteratorPolicy"]["parallelismLimit"] == resources.CELLS_AT_ONCE
+    assert [where for where, _, _ in loops] == ["root", "root"]
+    assert sorted("gather-teachers" in t["dependentTasks"] for _, _, t in loops) == [False, True]
+    assert all(t["iteratorPolicy"]["parallelismLimit"] == resources.CELLS_AT_ONCE for _, _, t in loops)
     assert not [name for _, name, t in tasks(package) if "triggerPolicy" in t]
 
 
@@ -126,12 +136,12 @@ def test_image_and_limits_are_parameters(package: list[Any], name: str) -> None:
     limits = spec["resources"]
     assert limits["resourceCpuLimit"]
     assert limits["resourceMemoryLimit"]
-    own = {"prepare_data": "data_", "train_teacher": "teacher_"}.get(name, "" if name in CELL else None)
+    own = OWN.get(name, "" if name in INNER else None)
     if own is None:
         assert (limits["resourceCpuLimit"], limits["resourceMemoryLimit"]) == (need.cpu, need.memory)
     else:
         assert {f"pipelinechannel--{own}cpu", f"pipelinechannel--{own}memory"} <= set(inputs)
-    if name in (*CELL, "train_teacher"):
+    if name in (*CELL, *TEACHERS):
         gpus = limits["accelerator"]
         assert gpus["resourceType"] == "{{$.inputs.parameters['pipelinechannel--gpu_type']}}"
         assert gpus["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{own}gpus']}}}}"

@@ -23,7 +23,8 @@ class Synthetic:
     Attributes:
         images_u8: [C * K, 3, S, S] uint8, class after class.
         labels: [C * K] int64, the class of each image.
-        extras: whatever else the method gives, by name (where its pixels came from, learned rates, ...).
+        extras: whatever else the method gives, by name (where its pixels came from, learned rates, ...). Students read
+            one of them: `weights`, see there.
     """
 
     images_u8: Tensor
@@ -35,6 +36,23 @@ class Synthetic:
         assert self.images_u8.dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3, (self.images_u8.dtype, shape)
         assert self.labels.dtype == torch.int64 and self.labels.shape == shape[:1], (self.labels.dtype, shape)
         assert not {"images", "labels"} & set(self.extras), sorted(self.extras)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """How much each image counts in a student's loss: [C * K] float32, mean 1 in each class; None = all the same.
+
+        Raises:
+            CorruptArtifact: not one finite weight of at least 0 for each image.
+        """
+        weights = self.extras.get("weights")
+        if weights is None or bool((weights == 1).all()):
+            return None
+        if weights.shape != self.labels.shape or not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise CorruptArtifact(
+                f"the set's weights {tuple(weights.shape)} between {float(weights.min())} and {float(weights.max())} "
+                f"are not one number from 0 up for each of {len(self.labels)} images; synthesize it again"
+            )
+        return weights.float()
 
     def save(self, folder: Path) -> None:
         """Write `images.safetensors` into an artifact folder; equal content gives equal bytes.
