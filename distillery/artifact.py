@@ -46,7 +46,7 @@ class Manifest:
     """What an artifact is, what it was made from and what it consists of. Only `run` and `code_version`, its own and
     those of artifacts inside it, may differ between two artifacts of equal content."""
 
-    kind: str  # dataset | teacher | teachers | synthetic | labels | result | failure | report
+    kind: str  # dataset | teacher | teachers | piece | pieces | synthetic | labels | result | failure | report
     step: str  # the step that made it
     config: Facts  # that step's resolved config
     inputs: dict[str, str]  # input name -> fingerprint

@@ -164,6 +164,7 @@ class MethodChoice(Strict):
     ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     options: dict[str, Any] = {}
+    shards: Count = 1  # pieces in which each cell's images are made; changes no image
     teachers: tuple[str, ...] = ()  # names; () = all where the method can use several, else the first
 
 
@@ -186,6 +187,7 @@ class Cell(Strict):
     ipc: Count
     seed: Seed
     options: dict[str, Any]
+    shards: Count = 1
     labels: LabelConfig
     students: tuple[Student, ...]
     device: str
@@ -195,6 +197,12 @@ class Cell(Strict):
     cpu: str
     memory: str
     gpus: str
+
+
+class Piece(Cell):
+    """One of a cell's shards: what its synthesis needs of the cell (so no students), and which one it is."""
+
+    shard: Whole
 
 
 class Experiment(Strict):

@@ -147,6 +147,15 @@ def _check_teachers(experiment: Experiment) -> None:
                 "teacher is called by its net); give each teacher a name of its own"
             )
         names[teacher.name] = where
+    info, (first, *others) = DATASETS[experiment.dataset.name], experiment.every_teacher
+    for teacher in others:  # known before any of them is trained
+        for what in ("mean", "std"):
+            here, there = (tuple(getattr(one, what)) or getattr(info, what) for one in (first, teacher))
+            if here != there:
+                raise UserError(
+                    f"teachers {first.name} and {teacher.name} differ in {what}: {here} and {there}; teachers of one "
+                    "experiment see the same images, so give both the same"
+                )
 
 
 def teacher_named(experiment: Experiment, name: str) -> TeacherConfig:
@@ -245,20 +254,31 @@ def cells(experiment: Experiment, code: str = "") -> list[Cell]:
     found: dict[str, Cell] = {}
     for index, choice in enumerate(experiment.methods):
         for ipc in choice.ipc:
-            options = _options(experiment, index, choice, ipc, size)
+            options = _options(experiment, index, choice, ipc, size, classes)
             students = _students(experiment, classes, ipc, size)
             for seed in choice.seeds:
                 cell = _cell(experiment, choice, ipc, seed, options, students, code)
                 if cell.id in found:
                     raise UserError(f"methods[{index}]: the cell {cell.id} is asked for twice; keep one")
                 found[cell.id] = cell
-    length = len(json.dumps([plain(c) for c in found.values()]))
+    made = list(found.values())
+    _check_length("cells", [plain(cell) for cell in made], "split it into several experiments")
+    _check_length("pieces", [p for cell in made for p in pieces(cell)], "lower shards, or split it into several")
+    return made
+
+
+def pieces(cell: Cell) -> list[dict[str, Any]]:
+    """The shards of a cell, as JSON values of `config.Piece`."""
+    return [plain(cell) | {"students": [], "shard": shard} for shard in range(cell.shards)]
+
+
+def _check_length(what: str, made: list[dict[str, Any]], remedy: str) -> None:
+    length = len(json.dumps(made))
     if length > MAX_CELLS_BYTES:
         raise UserError(
-            f"the experiment expands to {len(found)} cells of {length} bytes together; KFP passes at most "
-            f"{MAX_CELLS_BYTES} between steps: split it into several experiments"
+            f"the experiment expands to {len(made)} {what} of {length} bytes together; KFP passes at most "
+            f"{MAX_CELLS_BYTES} between steps: {remedy}"
         )
-    return list(found.values())
 
 
 def _cell(
@@ -286,6 +306,7 @@ def _cell(
         ipc=ipc,
         seed=seed,
         options=options,
+        shards=choice.shards,
         labels=experiment.labels,
         students=students,
         device=experiment.device,
@@ -298,12 +319,16 @@ def _cell(
     )
 
 
-def _options(experiment: Experiment, index: int, choice: MethodChoice, ipc: int, size: int) -> dict[str, Any]:
+def _options(
+    experiment: Experiment, index: int, choice: MethodChoice, ipc: int, size: int, classes: int
+) -> dict[str, Any]:
     """The method's resolved options, checked against what can be known before the data is read."""
 
     def resolved() -> dict[str, Any]:
         config = methods.config_of(choice.method, dict(choice.options), experiment.dataset.name, ipc)
-        methods.find(choice.method).check(config, ipc=ipc, size=size, per_class=None)
+        method = methods.find(choice.method)
+        method.check(config, ipc=ipc, size=size, per_class=None)
+        methods.cut(choice.method, method.groups(config, ipc=ipc, classes=classes), choice.shards)
         return plain(config)
 
     found: dict[str, Any] = _at(f"methods[{index}] ({choice.method}, ipc {ipc})", resolved)

@@ -9,6 +9,7 @@ pushed when it is finished, pulled when a later step needs it, and checkpoints a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery import artifact, experiment, steps
+from distillery.artifact import Manifest
 from distillery.config import Experiment
 from distillery.errors import UserError
 from distillery.files import cache_root
@@ -101,13 +103,26 @@ class _Run:
     def _cell(self, cell: dict[str, Any], data: Path, teachers: Path, checkpoints: str) -> Path:
         name = cell["id"]
         synthetic = self._place("3-synthetic", name, steps.synthetic_spec(cell, data, teachers).key)
-        self._step(synthetic, lambda out: steps.synthesize(cell, data, teachers, out, checkpoints))
+        self._step(synthetic, lambda out: self._synthesize(cell, data, teachers, out, checkpoints))
         labels = self._place("4-labels", name, steps.labels_spec(cell, synthetic, teachers).key)
         self._step(labels, lambda out: steps.relabel(cell, synthetic, teachers, out, checkpoints))
         result = self._place("5-students", name, steps.result_spec(cell, data, teachers, synthetic, labels).key)
         made = (data, teachers, synthetic, labels)
         self._step(result, lambda out: steps.evaluate_student(cell, *made, out, checkpoints))
         return result
+
+    def _synthesize(self, cell: dict[str, Any], data: Path, teachers: Path, out: Path, checkpoints: str) -> Manifest:
+        """A cell's images at once or, with shards, piece by piece: the same artifact."""
+        if cell["shards"] == 1 or (artifact.is_finished(out) and artifact.read(out).kind == "synthetic"):
+            return steps.synthesize(cell, data, teachers, out, checkpoints)
+        made = []
+        for piece in steps.pieces(cell):
+            key = steps.piece_spec(piece, data, teachers).key
+            made.append(self._place("3-synthetic", f"{cell['id']}-piece{piece['shard']}", key))
+            self._step(
+                made[-1], functools.partial(steps.synthesize_piece, piece, data, teachers, checkpoints=checkpoints)
+            )
+        return steps.gather_pieces(cell, data, teachers, made, out, checkpoints)
 
     def _place(self, folder: str, name: str, key: str) -> Path:
         return self.local / folder / f"{name}-{key}"

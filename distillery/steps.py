@@ -6,6 +6,8 @@
          -> for each cell: synthesize -> relabel -> evaluate_student
          -> report -> verdict
 
+A cell with shards goes another way to the same images: for each of its pieces synthesize_piece, then gather_pieces.
+
 A step is a plain function `step(config, *input_folders, out)`. It reads finished artifacts and leaves one finished
 artifact in `out`. The in-process runner, kfp.local and the cluster call these same functions; equal inputs give equal
 artifacts. A step whose `out` already holds its artifact returns at once; a killed one continues from its checkpoint,
@@ -20,17 +22,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, statistics
+from distillery import artifact, console, evaluate, experiment, labels, methods, sharding, statistics
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
 from distillery.code_version import code_version
-from distillery.config import Cell, parse, plain
+from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
+from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose
 from distillery.errors import DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
@@ -112,13 +116,9 @@ def check_counts(cells: list[dict[str, Any]], data: Folder) -> None:
 def teacher_spec(source: str, name: str, data: Folder) -> Spec:
     """What `train_teacher` will make."""
     wanted = experiment.load(source)
-    compute = choose(wanted.device, wanted.precision)
-    config = plain(experiment.teacher_named(wanted, name))
-    for key in ("name", *teaching.GATE):  # they change no weights: a teacher that failed its gate is not trained again
-        config.pop(key)
-    weights = config.pop("weights")
-    places = {"weights": weights, "sha256": pretrained.identity(weights) if weights else ""}
-    config = {"teacher": config | {"given": bool(weights)}} | _said(compute)
+    compute, one = choose(wanted.device, wanted.precision), experiment.teacher_named(wanted, name)
+    places = {"weights": one.weights, "sha256": pretrained.identity(one.weights) if one.weights else ""}
+    config = {"teacher": teaching.training(one)} | _said(compute)
     return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
 
 
@@ -143,8 +143,11 @@ def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folde
     if set(teacher_folders) != set(names):
         raise UserError(f"expected the teachers {choices(names)}, got {choices(teacher_folders)}; give each its folder")
     for name, folder in teacher_folders.items():
-        found, meant = artifact.read(Path(folder), "teacher").config, teacher_spec(source, name, data).config
-        if found["teacher"] != meant["teacher"]:  # where it was trained does not matter here
+        found, meant = (
+            artifact.read(Path(folder), "teacher").config,
+            teaching.training(experiment.teacher_named(wanted, name)),
+        )
+        if found["teacher"] != meant:
             raise UserError(f"{folder}: holds another teacher than the experiment's {name!r}; give its own folder")
     compute = choose(wanted.device, wanted.precision)
     config: dict[str, Any] = {"teachers": names} | ({"statistics": asked} | _said(compute) if asked["kinds"] else {})
@@ -192,23 +195,70 @@ def synthesize(cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder
     step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints)
     with step.running() as work:
         if work:
-            images, method = real.load(Path(data)), methods.find(this.method)
-            options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
-            method.check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
-            found = method.synthesize(
-                options,
-                images,
-                teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
-                ipc=this.ipc,
-                seed=this.seed,
-                part=method.groups(options, ipc=this.ipc, classes=len(images.classes)),
-                track=step.track(),
-            )
+            images = real.load(Path(data))
+            _keep_set(step, this, images, _make_groups(step, this, images, teachers, _groups(this, images)))
+    return step.manifest
+
+
+def pieces(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cell's shards, as JSON-able dicts; each is a part of its images that is made alone."""
+    return experiment.pieces(parse(Cell, cell, "cell"))
+
+
+def plan_pieces(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pieces of all cells, in order."""
+    return [piece for cell in cells for piece in pieces(cell)]
+
+
+def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
+    """What `synthesize_piece` will make: as `synthetic_spec`, and which piece of which cell."""
+    this = parse(Piece, piece, "piece")
+    whole = synthetic_spec({name: piece[name] for name in Cell.model_fields}, data, teachers)
+    config = whole.config | {"cell": this.id, "shard": this.shard, "shards": this.shards}
+    return replace(whole, name="synthesize_piece", kind="piece", config=config)
+
+
+def synthesize_piece(
+    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+) -> Manifest:
+    """Dataset and teachers -> `piece` artifact: one shard of a cell's images."""
+    this = parse(Piece, piece, "piece")
+    step = Execution(piece_spec(piece, data, teachers), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            images = real.load(Path(data))
+            groups = methods.cut(this.method, _groups(this, images), this.shards)[this.shard]
+            found = _make_groups(step, this, images, teachers, groups)
             found.save(step.out)
-            write_preview(found.images_u8, found.labels, step.out / "preview.png")
-            step.meta = {"method": this.method, "ipc": this.ipc, "classes": list(images.classes)}
-            step.meta |= {"images": len(found.labels), "image_bytes": found.images_u8.numel()}
-            step.summary = f"{len(found.labels)} images, {console.size(found.images_u8.numel())}"
+            step.meta = {"groups": [group.name for group in groups], "images": len(found.labels)}
+            step.summary = f"piece {this.shard + 1} of {this.shards}: {len(found.labels)} images"
+    return step.manifest
+
+
+def bundle_pieces(folders: Sequence[Folder], out: Folder) -> Manifest:
+    """Pieces of all cells -> `pieces` artifact, CELL/SHARD in it: KFP hands one artifact on to a loop, but no list."""
+    return sharding.bundle([Path(folder) for folder in folders], Path(out))
+
+
+def gather_pieces(
+    cell: dict[str, Any],
+    data: Folder,
+    teachers: Folder,
+    piece_folders: Sequence[Folder],
+    out: Folder,
+    checkpoints: str = "",
+) -> Manifest:
+    """All pieces of a cell -> `synthetic` artifact: the one that `synthesize` makes, to the byte."""
+    this, parts = parse(Cell, cell, "cell"), [Path(folder) for folder in piece_folders]
+    step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints, parts)
+    with step.running() as work:
+        if work:
+            images = real.load(Path(data))
+            shards = methods.cut(this.method, _groups(this, images), this.shards)
+            order = sharding.order(parts, [piece_spec(piece, data, teachers) for piece in pieces(cell)])
+            places = [place for shard in order for place in methods.in_order(shards[shard])]
+            found = synthetic.join([synthetic.load(part) for part in parts], places)
+            _keep_set(step, this, images, found)
     return step.manifest
 
 
@@ -324,6 +374,31 @@ def verdict(failures: list[str]) -> None:
     """
     if failures:
         raise DistilleryError(f"{len(failures)} of the cells failed:\n  " + "\n  ".join(failures))
+
+
+def _groups(this: Cell, images: real.Real) -> list[methods.Group]:
+    options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+    return methods.find(this.method).groups(options, ipc=this.ipc, classes=len(images.classes))
+
+
+def _make_groups(
+    step: Execution, this: Cell, images: real.Real, teachers: Folder, part: Sequence[methods.Group]
+) -> Synthetic:
+    """Some groups of a cell's images."""
+    method, compute = methods.find(this.method), step.spec.compute or choose()
+    options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+    method.check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
+    taught = teaching.load(Path(teachers), compute, this.teachers)
+    return method.synthesize(options, images, taught, ipc=this.ipc, seed=this.seed, part=part, track=step.track())
+
+
+def _keep_set(step: Execution, this: Cell, images: real.Real, found: Synthetic) -> None:
+    """Leave a cell's whole set in the step's folder."""
+    found.save(step.out)
+    write_preview(found.images_u8, found.labels, step.out / "preview.png")
+    step.meta = {"method": this.method, "ipc": this.ipc, "classes": list(images.classes)}
+    step.meta |= {"images": len(found.labels), "image_bytes": found.images_u8.numel()}
+    step.summary = f"{len(found.labels)} images, {console.size(found.images_u8.numel())}"
 
 
 def _own(this: Cell, teachers: Folder) -> dict[str, Path]:

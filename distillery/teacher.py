@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from distillery import nets
-from distillery.config import TeacherConfig, ViewPolicy, short
+from distillery.config import TeacherConfig, ViewPolicy, plain, short
 from distillery.data import augment
 from distillery.data.real import Real
 from distillery.device import Compute
@@ -175,6 +176,14 @@ def gate(cfg: TeacherConfig, card: Card) -> None:
     guessing = chance + 0.05 * (1 - chance)
     if cfg.weights and got < guessing:
         raise GateError(f"teacher {name}: validation accuracy {got:.4f} is about guessing ({chance:.4f}); {causes}")
+
+
+def training(cfg: TeacherConfig) -> dict[str, Any]:
+    """What of a configuration changes the weights: another name or gate does not train a teacher again."""
+    config = plain(cfg)
+    for key in ("name", "weights", *GATE):
+        config.pop(key)
+    return config | {"given": bool(cfg.weights)}
 
 
 def save(folder: Path, net: nn.Module, card: Card) -> None:

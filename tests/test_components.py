@@ -52,7 +52,8 @@ def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]
 
 def test_they_stand_in_flow_order() -> None:
     before = ["plan", "prepare_data", "plan_teachers", "train_teacher", "gather_teachers"]
-    assert [*before, "synthesize", "relabel", "evaluate_student", "report", "verdict"] == ALL
+    pieces = ["plan_pieces", "synthesize_piece", "bundle_pieces", "gather_pieces"]
+    assert [*before, "synthesize", *pieces, "relabel", "evaluate_student", "report", "verdict"] == ALL
 
 
 def test_image_is_tagged_with_the_version() -> None:

@@ -102,6 +102,10 @@ def test_a_cell_survives_kfp_floats() -> None:
         (changed(teachers=[{"net": "convnet3"}]), ["teacher, teachers", "both"]),
         (several(name="wide"), ["teachers[2]", "'wide'", "already that of teachers[1]", "a name of its own"]),
         (several(net="convnt3"), ["teachers[2].net", "'convnt3'", "did you mean 'convnet3'"]),
+        (
+            changed(teacher=None, teachers=[{"net": "convnet3"}, {"net": "convnet4", "std": [0.5, 0.5, 0.25]}]),
+            ["teachers convnet3 and convnet4 differ in std", "0.3188", "0.25", "give both the same"],
+        ),
         (several(name="a b"), ["teachers[2].name", "'a b'"]),
         (several(teachers=["wde"]), ["methods[0].teachers", "'wde'", "did you mean 'wide'", "convnet3, wide, deep"]),
         (several(teachers=["wide", "deep"]), ["methods[0].teachers", "rded uses one teacher", "wide, deep"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,28 @@ class Synthetic:
         tensors = {"images": self.images_u8, "labels": self.labels, **self.extras}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomic(folder / FILE, to_bytes(plain))
+
+
+def join(parts: Sequence[Synthetic], places: Sequence[tuple[int, int]]) -> Synthetic:
+    """One set out of parts of it, in the order of (class, slot), as if it had been made at once.
+
+    Args:
+        parts: in any order, each with the same extras.
+        places: (class, slot) of each image, part after part.
+
+    Raises:
+        CorruptArtifact: the parts hold other images, or extras, than expected.
+    """
+    names = {tuple(sorted(part.extras)) for part in parts}
+    targets = torch.cat([part.labels for part in parts])
+    if len(names) != 1 or targets.tolist() != [cls for cls, _ in places]:
+        raise CorruptArtifact(
+            f"{len(parts)} parts with {len(targets)} images of the classes {sorted(set(targets.tolist()))} and extras "
+            f"{sorted(names)} are not the {len(places)} images expected; make the parts again"
+        )
+    order = torch.tensor(sorted(range(len(places)), key=places.__getitem__))
+    extras = {name: torch.cat([part.extras[name] for part in parts])[order] for name in parts[0].extras}
+    return Synthetic(torch.cat([part.images_u8 for part in parts])[order], targets[order], extras)
 
 
 def load(folder: Path) -> Synthetic:
