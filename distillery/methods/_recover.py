@@ -456,7 +456,7 @@ class _Pack:
             for _ in range(steps):
                 loss = functional.cross_entropy(_logits(member, images), targets)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-                length = torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt() + 1e-12
+                length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt() + 1e-12
                 with torch.no_grad():
                     torch._foreach_add_(weights, [g * (rho / steps / length) for g in gradients])
             for weight in weights:
