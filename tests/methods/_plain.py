@@ -110,6 +110,7 @@ def plain(
     first_bn: float = 10.0,
     r_var: float = 1.0,
     active: Callable[[int], list[int]] | None = None,
+    round_length: int = 0,
 ) -> Iterator[tuple[Losses, Tensor]]:
     """Losses before, and images after, each iteration of one group.
 
@@ -120,12 +121,15 @@ def plain(
         view: what the nets see.
         iterations, lr, r_bn, first_bn, r_var: see `Recovery`.
         active: which images take part at an iteration; the others have zero gradients (DELT's code).
+        round_length: iterations after which rate and optimiser begin anew; 0: never.
     """
     x = first.clone().requires_grad_()
-    adam = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9), eps=1e-8)
+    length = round_length or iterations
     low, high = (torch.tensor(v, dtype=x.dtype).view(3, 1, 1) for v in (LOW, HIGH))
     for step in range(iterations):
-        adam.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / iterations)) * lr
+        if step % length == 0:
+            adam = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9), eps=1e-8)
+        adam.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * (step % length) / length)) * lr
         adam.zero_grad()
         own = active(step) if active else list(range(len(x)))
         net = nets[step % len(nets)]

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
-from distillery.methods import Group, _recover, in_order, sre2l
+from distillery.methods import Group, _recover, config_of, in_order, sre2l
 from distillery.methods._matching import MomentTap, Tap, norms
 from distillery.methods._recover import Recovery, Seen
 from distillery.methods._views import ViewLaw, curriculum, draw
@@ -191,6 +192,28 @@ def test_noise_is_standard_normal_and_its_own_for_each_group() -> None:
     assert torch.equal(first, _recover.noise("toy", 3, 32)(Group(tuple(range(10)), range(2))))
     assert not torch.equal(first, _recover.noise("toy", 4, 32)(Group(tuple(range(10)), range(2))))
     assert not torch.equal(first, _recover.noise("yot", 3, 32)(Group(tuple(range(10)), range(2))))
+
+
+def test_first_images_are_chosen_once(tmp_path: Path) -> None:
+    """A killed step neither chooses again nor forgets how far it was in choosing."""
+    images, calls = {2: torch.ones(1, 3, 2, 2, dtype=torch.uint8), 5: torch.zeros(2, 3, 2, 2, dtype=torch.uint8)}, []
+
+    def choose(own: Track) -> dict[int, Tensor]:
+        calls.append(own.load(quiet=True))
+        own.save({"scores": torch.ones(3)}, {"units": 1})
+        if len(calls) == 1:
+            raise Killed
+        return images
+
+    for _ in range(4):
+        try:
+            found = _recover.once(Track(folder=tmp_path), choose)
+        except Killed:
+            assert len(calls) == 1
+    assert [call and call[1] for call in calls] == [None, {"units": 1}]
+    assert found.keys() == images.keys()
+    assert all(torch.equal(found[cls], images[cls]) for cls in images)
+    assert Track(folder=tmp_path).child("choosing").load() is None
 
 
 def test_groups_hold_one_image_of_each_class_or_all_images_of_few() -> None:
@@ -525,3 +548,29 @@ def test_groups_side_by_side_are_the_same_bytes(
     assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), alone)
     monkeypatch.undo()
     assert torch.get_num_threads() == threads, "a worker changed the threads of this one"
+
+
+IMAGENET = {"iterations": 4000, "lr": 0.25, "r_bn": 0.01, "first_bn": 10.0, "batch": 100, "jitter": 32}
+DWA = {"K": 12, "rho": 0.015, "r_bn": 0.01, "r_var": 11.0, "first_bn": 10.0, "jitter": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "wanted"),
+    [
+        ("sre2l", "imagenet", IMAGENET | {"crop": "rrc"}),
+        ("sre2l", "tiny_imagenet", IMAGENET | {"lr": 0.1, "r_bn": 1.0, "jitter": 4, "crop": "rrc"}),
+        ("sre2l", "cifar100", IMAGENET | {"iterations": 1000, "jitter": 4, "crop": "none"}),
+        ("cda", "imagenet", IMAGENET | {"mode": "cosine", "milestone": 1.0}),
+        ("cda", "tiny_imagenet", IMAGENET | {"lr": 0.4, "r_bn": 0.05, "jitter": 4}),
+        ("sre2lpp", "imagenet", IMAGENET),
+        ("sre2lpp", "cifar10", IMAGENET | {"jitter": 4}),
+        ("dwa", "imagenet", DWA | {"K": 15, "r_var": 2.0, "lr": 0.25, "iterations": 2000, "batch": 100, "jitter": 32}),
+        ("dwa", "tiny_imagenet", DWA | {"lr": 0.1, "iterations": 2000, "batch": 200, "crop": "rrc"}),
+        ("dwa", "cifar10", DWA | {"lr": 0.25, "iterations": 1000, "batch": 100, "crop": "none"}),
+        ("delt", "imagenet", IMAGENET | {"jitter": 0, "round_iterations": 500, "mode": "cosine", "schedule": "global"}),
+    ],
+)
+def test_settings_are_the_published_ones(name: str, dataset: str, wanted: dict[str, Any]) -> None:
+    """Tables of reference 3.1, 3.5, 3.6, 5.2 and 6.1; `imagenet` stands for the defaults."""
+    options = config_of(name, {}, dataset, 10).model_dump()
+    assert {key: options[key] for key in wanted} == wanted
