@@ -33,7 +33,7 @@ from typing import Any
 
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
-from distillery.methods import median, random_real, rded, sre2l
+from distillery.methods import gvbsm, median, random_real, rded, sre2l
 from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
@@ -41,6 +41,7 @@ METHODS: dict[str, Method] = {
     "median": median,
     "rded": rded,
     "sre2l": sre2l,
+    "gvbsm": gvbsm,
 }
 
 __all__ = [
