@@ -39,7 +39,7 @@ from distillery.code_version import code_version
 from distillery.config import DatasetConfig
 from distillery.data import prepare, real
 from distillery.device import Compute, choose, hardware
-from distillery.methods import Group, _crops, _selection, rded
+from distillery.methods import Group, _crops, _patches, _selection, rded
 from distillery.nets import pretrained
 from distillery.teacher import Card, Frozen
 from distillery.track import Track
@@ -72,7 +72,7 @@ class Setting:
 
     def order(self, cls: int) -> Tensor:
         """The real images of a class that are looked at (the same for both ways)."""
-        return rded.draw(self.cfg, 0, cls, self.real.counts("train")[cls]).order
+        return _patches.draw(self.cfg, 0, cls, self.real.counts("train")[cls]).order
 
 
 class MultiCrop(Dataset[tuple[Tensor, Tensor]]):
@@ -102,7 +102,7 @@ class MultiCrop(Dataset[tuple[Tensor, Tensor]]):
 def reference(asked: Setting, cls: int, workers: int) -> Selected:
     """The textbook way for one class."""
     size, device = asked.real.size, asked.teacher.compute.device
-    factor = rded.tiles_along(asked.cfg, size)
+    factor = _patches.tiles_along(asked.cfg, size)
     side = size // factor
     dataset = MultiCrop(asked, cls, side)
     crops, boxes = next(iter(DataLoader(dataset, batch_size=len(dataset), num_workers=workers)))
@@ -135,16 +135,16 @@ def ours(asked: Setting) -> Tensor:
 def ours_given(asked: Setting, cls: int, boxes: Tensor) -> Selected:
     """The library's way for one class, with given boxes."""
     size, device = asked.real.size, asked.teacher.compute.device
-    factor = rded.tiles_along(asked.cfg, size)
+    factor = _patches.tiles_along(asked.cfg, size)
     scorer = _selection.scorer(asked.teacher, asked.real)
     images: Tensor | list[Tensor] = asked.real.read("train", cls, asked.order(cls).tolist())
     if asked.real.kind == "pixels":
         images = torch.stack(list(images))
     cut = _crops.crops(images, boxes, size // factor, device)
-    scores = rded.score(scorer, cut, cls, size).view(boxes.shape[:2])
-    image, crop, _ = rded.choose(scores, asked.ipc * factor**2, 1)
+    scores = _patches.score(scorer, cut, cls, size).view(boxes.shape[:2])
+    image, crop, _ = _patches.choose(scores, asked.ipc * factor**2, 1)
     patches = cut.unflatten(0, boxes.shape[:2])[image, crop].cpu()
-    images_u8 = rded.mosaic(patches, asked.ipc, factor).round().clamp(0, 255).to(torch.uint8)
+    images_u8 = _patches.mosaic(patches, asked.ipc, factor).round().clamp(0, 255).to(torch.uint8)
     return Selected(scores, boxes, image, crop, images_u8)
 
 

@@ -1,6 +1,5 @@
 """Toy data and toy teachers for tests of methods: small enough for milliseconds, real enough to have an opinion."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,14 +57,14 @@ def toy_net(classes: int) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def toy_teacher(real: Real, broken: bool = False, kinds: Collection[str] = ()) -> ToyTeacher:
-    """A teacher for a data set, with its statistics of some kinds; a broken one gives NaN."""
+def toy_teacher(real: Real, broken: bool = False) -> ToyTeacher:
+    """A teacher for a data set; a broken one gives NaN."""
     net = toy_net(len(real.classes))
-    teacher: Any = ToyTeacher(net, real.size)
-    (found,) = statistics.collect([teacher], real, kinds, seed=0, track=Track.quiet()) if kinds else ({},)
     if broken:
         net[-1].bias.data[0] = torch.nan
-    return ToyTeacher(net, real.size, statistics=found)
+    teacher = ToyTeacher(net, real.size)
+    teacher.statistics.update(statistics.collect([teacher], real, statistics.KINDS, seed=0, track=Track.quiet())[0])
+    return teacher
 
 
 def toy_pixels(classes: int = 4, per_class: int = 12, size: int = 8) -> Real:

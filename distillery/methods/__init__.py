@@ -33,7 +33,7 @@ from typing import Any
 
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
-from distillery.methods import gvbsm, median, random_real, rded, sre2l
+from distillery.methods import cda, delt, dwa, gvbsm, median, random_real, rded, sre2l, sre2lpp, wmdd
 from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
@@ -41,7 +41,12 @@ METHODS: dict[str, Method] = {
     "median": median,
     "rded": rded,
     "sre2l": sre2l,
+    "cda": cda,
+    "sre2lpp": sre2lpp,
+    "dwa": dwa,
+    "delt": delt,
     "gvbsm": gvbsm,
+    "wmdd": wmdd,
 }
 
 __all__ = [

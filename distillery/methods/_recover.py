@@ -6,7 +6,7 @@ method's own terms, one Adam step on the pixels (betas .5, .9), clamp to the ran
 kept as uint8.
 
 What makes it fast changes no image: the teacher is frozen, so nothing is computed for its weights; a group's images
-meet those of other groups only in the same call of the teacher, so as many groups as memory allows share one
+meet those of other groups only in the same call of the teacher, so as many groups as a GPU's memory allows share one
 (a pack); statistics need no autograd graph; losses are looked at every `LOOK` steps.
 
 Legend: M iterations, G groups in a pack, c classes of a group, s images of a class, n = c * s, S side.
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 BETAS, EPS = (0.5, 0.9), 1e-8
 LOOK = 50  # steps between looks at the losses: each look waits for the device
-CPU_IMAGES = 100  # images of a pack on a CPU: enough to pay for a step's overhead, few enough for its caches
+# Images of a pack on a CPU: a group goes alone. There a layer's last bit depends on how many images share its call
+# (Linear below four images, any batch with several threads), the loop makes visible differences of last bits, and a
+# group must be the same in whatever part it is made. A pack of 10 groups of 10 would save 10 to 25 % of the time.
+CPU_IMAGES = 1
 MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
 
 
@@ -164,14 +167,22 @@ def given(images_u8: dict[int, Tensor], teacher: Teacher) -> Callable[[Group], T
     return init
 
 
-def once(track: Track, make: Callable[[], dict[int, Tensor]]) -> dict[int, Tensor]:
-    """First images of each class, made once and kept beside the checkpoint until the step ends."""
-    kept = track.load(quiet=True)
+def once(track: Track, make: Callable[[Track], dict[int, Tensor]]) -> dict[int, Tensor]:
+    """First images of each class, chosen once and kept beside the checkpoint until the step ends."""
+    chosen = track.child("chosen")
+    kept = chosen.load(quiet=True)
     if kept is not None:
         return {int(cls): images for cls, images in kept[0].items()}
-    found = make()
-    track.save({str(cls): images for cls, images in found.items()}, {})
+    choosing = track.child("choosing")
+    found = make(choosing)
+    chosen.save({str(cls): images for cls, images in found.items()}, {})
+    choosing.clear()
     return found
+
+
+def classes_in(part: Sequence[Group]) -> list[int]:
+    """The classes of a part, ascending."""
+    return sorted({cls for group in part for cls in group.classes})
 
 
 def check_norms(name: str, teacher: Teacher, needed: bool = True) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distillery.data import augment
 from distillery.errors import NonFiniteLoss, UserError
 from distillery.methods._contract import Teacher
+from distillery.rng import generator
 
 if TYPE_CHECKING:
     from distillery.data.real import Real
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 # Bytes of the largest activation of one scoring batch. On a CPU more would fall out of the caches (a ConvNet-3 scores
 # twice as fast in batches of 32 as of 256); a GPU wants as much as fits beside everything else.
 ACTIVATION_BYTES = {"cpu": 16 * 2**20, "cuda": 2 * 2**30}
+UNIT = 256  # images scored between two looks at the clock
 ALIVE = 3  # activations of that size alive at once: input, output, and one in flight
 
 
@@ -162,6 +165,79 @@ def by_class(real: Real) -> list[Tensor]:
     """Training images of each class as views: [n, 3, R, R] uint8."""
     images_u8, _ = real.pixels("train")
     return list(images_u8.split(real.counts("train")))
+
+
+def around_medians(
+    real: Real, teacher: Teacher, classes: Sequence[int], ipc: int, track: Track
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The `ipc` real images of each class around the median of the teacher's probabilities.
+
+    The caller clears the checkpoint.
+
+    Returns:
+        By class: the places of the chosen images, nearest to the median first, and the scores of all its images.
+
+    Raises:
+        UserError: a teacher for other data.
+        NonFiniteLoss: the teacher gives NaN.
+    """
+    scoring, images, counts = scorer(teacher, real), by_class(real), real.counts("train")
+
+    def score(unit: Unit) -> Tensor:
+        part = images[unit.cls][unit.start : unit.stop].to(teacher.compute.device)
+        return scoring.losses(augment.evaluation_view(part, real.size, teacher.mean, teacher.std), unit.cls)
+
+    scores = score_all(units([(cls, counts[cls]) for cls in classes], UNIT), score, track)
+    return {cls: around_median(scores[cls], ipc) for cls in classes}, scores
+
+
+def around_median(losses: Tensor, ipc: int) -> Tensor:
+    """Indices of the `ipc` images around the median, nearest first, alternating below and above it.
+
+    Args:
+        losses: [n] -log probability of the true class.
+        ipc: at most n.
+
+    Returns:
+        [ipc] int64.
+    """
+    order = losses.sort(descending=True, stable=True).indices  # probability ascending
+    middle = len(order) // 2
+    steps = [(-(i + 1) // 2 if i % 2 else i // 2) for i in range(len(order))]  # 0, -1, 1, -2, 2, ...
+    return order[[middle + step for step in steps][:ipc]]
+
+
+def draw_real(name: str, real: Real, cls: int, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Distinct real images of a class, drawn uniformly; those of a smaller `ipc` are the first of a larger one.
+
+    Args:
+        name: the method, the address of its random stream.
+        real: pixels, or photos, which are resized to a shorter side of S // 7 * 8 and cropped as at evaluation.
+        cls: the class.
+        ipc: how many.
+        seed: of the draw.
+
+    Returns:
+        [ipc, 3, S, S] uint8, and their places in the class [ipc] int64.
+    """
+    chosen = torch.randperm(real.counts("train")[cls], generator=generator(seed, name, cls))[:ipc]
+    if real.kind == "pixels":
+        return augment.centre_crop(by_class(real)[cls][chosen], real.size).contiguous(), chosen
+    return _whole(real, cls, chosen.tolist()), chosen
+
+
+def random_images(name: str, real: Real, classes: Sequence[int], ipc: int, seed: int) -> dict[int, Tensor]:
+    """`draw_real` of several classes: class -> [ipc, 3, S, S] uint8."""
+    return {cls: draw_real(name, real, cls, ipc, seed)[0] for cls in classes}
+
+
+def _whole(real: Real, cls: int, indices: list[int]) -> Tensor:
+    """Photos as the evaluation sees them: [n, 3, S, S] uint8."""
+    short = real.size // 7 * 8
+    from torchvision.transforms.v2 import functional  # here, because the import takes seconds
+
+    resized = [functional.resize(image, [short], antialias=True) for image in real.read("train", cls, indices)]
+    return torch.stack([functional.center_crop(image, [real.size, real.size]) for image in resized])
 
 
 def check_enough(method: str, ipc: int, per_class: list[int] | None) -> None:

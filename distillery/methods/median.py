@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from distillery.config import Options
 from distillery.data import augment
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 NEEDS = Needs(teacher=True, gpu=True)
 groups = classwise
 RECIPES: dict[tuple[str, int], dict[str, Any]] = {}
-UNIT = 256  # images scored between two looks at the clock
 
 
 class Config(Options):
@@ -48,7 +46,7 @@ def check(cfg: Config, *, ipc: int, size: int, per_class: list[int] | None) -> N
 
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
     """One teacher forward per real training image."""
-    memory = _selection.scoring_bytes(UNIT, size) + classes * ipc * 3 * size * size
+    memory = _selection.scoring_bytes(_selection.UNIT, size) + classes * ipc * 3 * size * size
     return {"forwards": train, "peak_bytes": memory}
 
 
@@ -67,15 +65,8 @@ def synthesize(
     """
     classes, counts = [group.classes[0] for group in part], real.counts("train")
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
-    scorer, images = _selection.scorer(teacher, real), _selection.by_class(real)
-
-    def score(unit: _selection.Unit) -> Tensor:
-        part = images[unit.cls][unit.start : unit.stop].to(teacher.compute.device)
-        return scorer.losses(augment.evaluation_view(part, real.size, teacher.mean, teacher.std), unit.cls)
-
-    work = _selection.units([(cls, counts[cls]) for cls in classes], UNIT)
-    scores = _selection.score_all(work, score, track)
-    chosen = {cls: around_median(scores[cls], ipc) for cls in classes}
+    chosen, scores = _selection.around_medians(real, teacher, classes, ipc, track)
+    images = _selection.by_class(real)
     track.clear()
     return Synthetic(
         torch.cat([augment.centre_crop(images[cls][chosen[cls]], real.size) for cls in classes]).contiguous(),
@@ -85,19 +76,3 @@ def synthesize(
             "scores": torch.cat([scores[cls][chosen[cls]] for cls in classes])[:, None],
         },
     )
-
-
-def around_median(losses: Tensor, ipc: int) -> Tensor:
-    """Indices of the `ipc` images around the median, nearest first, alternating below and above it.
-
-    Args:
-        losses: [n] -log probability of the true class.
-        ipc: at most n.
-
-    Returns:
-        [ipc] int64.
-    """
-    order = losses.sort(descending=True, stable=True).indices  # probability ascending
-    middle = len(order) // 2
-    steps = [(-(i + 1) // 2 if i % 2 else i // 2) for i in range(len(order))]  # 0, -1, 1, -2, 2, ...
-    return order[[middle + step for step in steps][:ipc]]

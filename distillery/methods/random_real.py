@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from distillery.config import Options
 from distillery.data.synthetic import Synthetic
+from distillery.methods import _selection
 from distillery.methods._contract import Group, Needs, Teacher, classwise
-from distillery.methods._selection import by_class, check_enough
-from distillery.rng import generator
 
 if TYPE_CHECKING:
     from distillery.data.real import Real
@@ -41,7 +39,7 @@ def check(cfg: Config, *, ipc: int, size: int, per_class: list[int] | None) -> N
     Raises:
         UserError: names the class.
     """
-    check_enough("random", ipc, per_class)
+    _selection.check_enough("random", ipc, per_class)
 
 
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
@@ -59,21 +57,11 @@ def synthesize(
     """
     classes, counts = [group.classes[0] for group in part], real.counts("train")
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
-    pixels = by_class(real) if real.kind == "pixels" else []
     images, sources = [], []
     for done, cls in enumerate(classes, start=1):
-        chosen = torch.randperm(counts[cls], generator=generator(seed, "random", cls))[:ipc]
-        images.append(pixels[cls][chosen] if pixels else _whole(real, cls, chosen.tolist()))
+        drawn, chosen = _selection.draw_real("random", real, cls, ipc, seed)
+        images.append(drawn)
         sources.append(chosen)
         track.log(done, len(classes), what="classes drawn")
     labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc)
     return Synthetic(torch.cat(images), labels, {"sources": torch.cat(sources)[:, None]})
-
-
-def _whole(real: Real, cls: int, indices: list[int]) -> Tensor:
-    """Photos as the evaluation sees them: [n, 3, S, S] uint8."""
-    short = real.size // 7 * 8
-    from torchvision.transforms.v2 import functional  # here, because the import takes seconds
-
-    resized = [functional.resize(image, [short], antialias=True) for image in real.read("train", cls, indices)]
-    return torch.stack([functional.center_crop(image, [real.size, real.size]) for image in resized])

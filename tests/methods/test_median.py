@@ -6,7 +6,7 @@ from _toys import toy_photos, toy_pixels, toy_teacher
 
 from distillery.data.augment import centre_crop
 from distillery.data.real import Real
-from distillery.methods import median
+from distillery.methods import _selection, median
 from distillery.rng import generator
 from distillery.track import Track
 
@@ -40,16 +40,16 @@ def test_images_are_those_nearest_to_the_median_rank(real: Real) -> None:
 def test_the_choice_grows_around_the_middle(n: int) -> None:
     losses = torch.rand(n, generator=generator("losses", n))
     rank = losses.argsort(descending=True).argsort()
-    whole = median.around_median(losses, n)
+    whole = _selection.around_median(losses, n)
     assert sorted(whole.tolist()) == list(range(n))
     distance = (rank[whole] - (n - 1) / 2).abs()
     assert (distance.diff() >= 0).all(), "a nearer image comes later"
     for ipc in range(1, n + 1):
-        chosen = median.around_median(losses, ipc)
+        chosen = _selection.around_median(losses, ipc)
         assert torch.equal(chosen, whole[:ipc])
         assert rank[chosen].max() - rank[chosen].min() == ipc - 1, "the chosen ranks have a gap"
 
 
 def test_ties_keep_the_order_of_the_files() -> None:
-    assert median.around_median(torch.zeros(5), 5).tolist() == [2, 1, 3, 0, 4]
-    assert median.around_median(torch.zeros(4), 4).tolist() == [2, 1, 3, 0]
+    assert _selection.around_median(torch.zeros(5), 5).tolist() == [2, 1, 3, 0, 4]
+    assert _selection.around_median(torch.zeros(4), 4).tolist() == [2, 1, 3, 0]

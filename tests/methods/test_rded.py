@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from distillery.data.real import Real
 from distillery.errors import UserError
-from distillery.methods import Group, _crops, _selection, rded
+from distillery.methods import Group, _crops, _patches, _selection, rded
 from distillery.methods.rded import Config
 from distillery.rng import generator
 from distillery.track import Track
@@ -36,7 +36,7 @@ def naive_box(areas: list[float], place: list[float], height: int, width: int) -
 
 def naive_patches(cfg: Config, real: Real, teacher: ToyTeacher, cls: int, factor: int, seed: int) -> list[Patch]:
     """The best crop of each drawn image, best first: one image and one crop at a time."""
-    drawn = rded.draw(cfg, seed, cls, real.counts("train")[cls])
+    drawn = _patches.draw(cfg, seed, cls, real.counts("train")[cls])
     small, best = real.size // factor, []
     for row, index in enumerate(drawn.order.tolist()):
         image = real.read("train", cls, [index])[0]
@@ -108,7 +108,7 @@ def test_an_image_no_attempt_fits_gives_its_central_square() -> None:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 90)])
 def test_boxes_follow_torchvisions_law(height: int, width: int) -> None:
     n = 4000
-    drawn = rded.draw(Config(mipc=n, num_crop=1), 0, 0, n)
+    drawn = _patches.draw(Config(mipc=n, num_crop=1), 0, 0, n)
     ours = _crops.boxes_of(drawn.area, drawn.place, torch.full((n,), height), torch.full((n,), width))[:, 0].double()
     image = torch.zeros(3, height, width)
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +125,7 @@ def test_boxes_follow_torchvisions_law(height: int, width: int) -> None:
 @pytest.mark.parametrize("side", [8, 16, 24])
 def test_crops_equal_torchvision(side: int) -> None:
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=generator("crops"))
-    drawn = rded.draw(Config(mipc=6, num_crop=5), 0, 0, 6)
+    drawn = _patches.draw(Config(mipc=6, num_crop=5), 0, 0, 6)
     boxes = _crops.boxes_of(drawn.area, drawn.place, torch.full((6,), 16), torch.full((6,), 16))
     wanted = torch.stack(
         [
@@ -151,7 +151,7 @@ class Seen(nn.Module):
 def test_the_border_is_zero_after_normalisation(size: int, side: int, before: int) -> None:
     net = Seen()
     cut = torch.full((2, 3, side, side), 51.0)
-    scores = rded.score(_selection.Scorer(ToyTeacher(net, size), batch=2), cut, 1, size)
+    scores = _patches.score(_selection.Scorer(ToyTeacher(net, size), batch=2), cut, 1, size)
     inner = torch.zeros(size, size, dtype=torch.bool)
     inner[before : before + side, before : before + side] = True
     assert (net.x[:, :, ~inner] == 0).all()
@@ -173,7 +173,7 @@ def naive_choice(scores: list[list[float]], patches: int, per_image: int) -> lis
 def test_choice_is_the_least_score_in_a_stable_order(patches: int, per_image: int) -> None:
     # Few distinct values, so that ties between crops and between images abound.
     scores = torch.randint(0, 6, (20, 5), generator=generator("ties", patches)).float()
-    image, crop, value = rded.choose(scores, patches, per_image)
+    image, crop, value = _patches.choose(scores, patches, per_image)
     wanted = naive_choice(scores.tolist(), patches, per_image)
     assert list(zip(value.tolist(), image.tolist(), crop.tolist(), strict=True)) == wanted
 
@@ -181,18 +181,18 @@ def test_choice_is_the_least_score_in_a_stable_order(patches: int, per_image: in
 def test_tiles_go_top_left_top_right_bottom_left_bottom_right() -> None:
     ipc = 3
     patches = torch.arange(12.0).view(12, 1, 1, 1).expand(12, 3, 2, 2).contiguous()
-    images = rded.mosaic(patches, ipc, 2)
+    images = _patches.mosaic(patches, ipc, 2)
     for i in range(ipc):
         corners = [images[i, 0, 0, 0], images[i, 0, 0, 3], images[i, 0, 3, 0], images[i, 0, 3, 3]]
         assert corners == [i, ipc + i, 2 * ipc + i, 3 * ipc + i]
         assert torch.equal(images[i, 0, :2, :2], torch.full((2, 2), float(i)))
-    assert torch.equal(rded.mosaic(patches, 12, 1), patches)
+    assert torch.equal(_patches.mosaic(patches, 12, 1), patches)
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(16, 1), (64, 1), (65, 2), (128, 2), (224, 2)])
 def test_factor_follows_the_image_size(size: int, wanted: int) -> None:
-    assert rded.tiles_along(Config(), size) == wanted
-    assert rded.tiles_along(Config(factor=4), size) == 4
+    assert _patches.tiles_along(Config(), size) == wanted
+    assert _patches.tiles_along(Config(factor=4), size) == 4
 
 
 @pytest.mark.parametrize(
