@@ -21,6 +21,8 @@ from distillery.errors import CorruptArtifact, NonFiniteLoss, UserError
 from distillery.methods import METHODS, Group, _selection
 from distillery.track import Track
 
+pytestmark = pytest.mark.usefixtures("watched_closely")
+
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
 NO_REAL = {"sre2l", "cda", "gvbsm"}  # methods whose images come from noise: no class is too small for them

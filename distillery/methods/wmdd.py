@@ -140,14 +140,15 @@ class Targets:
 
     def __init__(self, cfg: Config, real: Real, teacher: Teacher, ipc: int, seed: int) -> None:
         self.cfg, self.real, self.teacher, self.ipc, self.seed = cfg, real, teacher, ipc, seed
-        self._atoms = torch.zeros(0)
+        self._atoms: dict[tuple[Group, ...], Tensor] = {}
         self._weights: dict[int, Tensor] = {}
 
     def taps(self, member: Teacher, groups: Sequence[Group]) -> tuple[list[_matching.Tap], int]:
         """Taps with the statistics of the classes of a pack, one segment a class; prepares its atoms."""
         rows = [cls for group in groups for cls in group.classes]
         found = [self.barycenter(cls) for cls in rows]
-        self._atoms = torch.cat([atoms for atoms, _ in found]).view(len(groups), -1, found[0][0].shape[1])
+        atoms = torch.cat([own for own, _ in found]).view(len(groups), -1, found[0][0].shape[1])
+        self._atoms[tuple(groups)] = atoms
         mean, var = _class_statistics(member)
         taps = _matching.norm_taps(
             member.net,
@@ -163,8 +164,8 @@ class Targets:
 
     def distance(self, seen: _recover.Seen) -> Tensor:
         """The feature loss of each group, [G]."""
-        self._atoms = self._atoms.to(seen.features)
-        return distance(seen.features, self._atoms, self.cfg.feature_loss)
+        atoms = self._atoms[tuple(seen.groups)].to(seen.features)
+        return distance(seen.features, atoms, self.cfg.feature_loss)
 
     def weights(self, cls: int) -> Tensor:
         """Weights of a class's images [s], sum 1; found again where a continued run has not needed them."""

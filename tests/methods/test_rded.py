@@ -259,7 +259,7 @@ def test_an_mipc_beyond_every_class_is_said_once() -> None:
 
 def test_photos_are_read_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     real = toy_photos(classes=1, per_class=6)
-    monkeypatch.setattr(rded, "PHOTOS_AT_ONCE", 2)
+    monkeypatch.setattr(_patches, "PHOTOS_AT_ONCE", 2)
     read, lengths = real.read, []
 
     def counted(split: str, cls: int, indices: list[int]) -> list[Tensor]:
