@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("watched_closely")
 
 NAMES = sorted(METHODS)
 SEEDLESS = {"median"}  # methods without randomness
-NO_REAL = {"sre2l", "cda"}  # methods whose images come from noise: no class is too small for them
+NO_REAL = {"sre2l", "cda", "gvbsm"}  # methods whose images come from noise: no class is too small for them
 TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
     "rded": {"mipc": 10, "num_crop": 3, "factor": 1},
     "sre2l": {"iterations": 4, "jitter": 1},
@@ -34,6 +34,7 @@ TOY: dict[str, dict[str, Any]] = {  # options that suit toy data
     "dwa": {"iterations": 4, "K": 2, "jitter": 1},
     "delt": {"iterations": 6, "round_iterations": 2},
     "wmdd": {"iterations": 4, "jitter": 1, "weighted": True, "batch": 8},
+    "gvbsm": {"iterations": 4, "drop_rate": 0.4, "batch": 6},
 }
 KINDS = {"pixels": toy_pixels, "photos": toy_photos}
 IPC = 3
