@@ -22,7 +22,7 @@ import torch
 
 from distillery import experiment, run
 from distillery.code_version import code_version
-from distillery.device import choose, hardware
+from distillery.device import Compute, choose, hardware
 
 KEPT = ("results.csv", "report.md", "summary.json")
 
@@ -50,15 +50,16 @@ def keep(text: str, report: Path, work: Path, out: Path) -> None:
         shutil.copyfile(report / name, out / name)
     if (work / "log.jsonl").exists():
         shutil.copyfile(work / "log.jsonl", out / "log.jsonl")
-    (out / "environment.json").write_text(json.dumps(environment(text), indent=1, sort_keys=True) + "\n")
-
-
-def environment(text: str) -> dict[str, object]:
-    """Hardware, versions and code of this process."""
     wanted = experiment.load(text)
+    about = environment(choose(wanted.device, wanted.precision))
+    (out / "environment.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+
+def environment(compute: Compute) -> dict[str, object]:
+    """Hardware, versions and code of this process."""
     names = ("torch", "torchvision", "numpy", "safetensors", "pydantic")
     return {
-        "hardware": hardware(choose(wanted.device, wanted.precision)),
+        "hardware": hardware(compute),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -267,6 +267,13 @@ def cells(experiment: Experiment, code: str = "") -> list[Cell]:
     return made
 
 
+def taught(experiment: Experiment) -> dict[str, str]:
+    """The teachers of each cell in words, by its id: their names, and their nets where a name does not say it."""
+    nets = {one.name: one.net for one in experiment.every_teacher}
+    words = {name: name if name == net else f"{name} ({net})" for name, net in nets.items()}
+    return {cell.id: " + ".join(words[name] for name in cell.teachers) for cell in cells(experiment)}
+
+
 def pieces(cell: Cell) -> list[dict[str, Any]]:
     """The shards of a cell, as JSON values of `config.Piece`."""
     return [plain(cell) | {"students": [], "shard": shard} for shard in range(cell.shards)]

@@ -347,7 +347,8 @@ def report(source: str, results: list[Folder], out: Folder, code: str = "") -> l
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     text, _ = experiment.read(source)
-    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text)
+    taught = experiment.taught(wanted)
+    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught)
     seconds = time.monotonic() - began
     artifact.finish(
         folder,

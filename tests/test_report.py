@@ -15,6 +15,7 @@ from PIL import Image
 
 from distillery import artifact, report
 from distillery.preview import write_preview
+from distillery.report.load import Outcome, shared_seconds
 from distillery.rng import generator
 
 CLASSES = ("<b>cat</b>", "dog & co", "a|b")
@@ -265,6 +266,63 @@ def test_variants_of_a_method_and_of_a_recipe_stay_apart(tmp_path: Path) -> None
     assert entry(summary, "rded factor=1", recipe="rded epochs=2")["acc_last"] == 60.0
     assert entry(summary, "rded factor=2", recipe="rded epochs=5", ipc=10)["acc_last"] == 75.0
     assert entry(summary, "rded factor=2", recipe="rded epochs=5", ipc=50)["acc_last"] == 85.0
+
+
+def test_teachers_go_by_their_names(tmp_path: Path) -> None:
+    """Two teachers of one net and one accuracy are two, and of several together no common accuracy is claimed."""
+    planned = [cell("cda", factor=f) for f in (1, 2, 3)]
+    taught = dict(
+        zip((c["id"] for c in planned), ("convnet3", "wide (convnet3)", "convnet3 + wide (convnet3)"), strict=True)
+    )
+    for one in planned:
+        one["options"] = {}
+    made = [result(tmp_path, one, acc) for one, acc in zip(planned, (0.5, 0.6, 0.7), strict=True)]
+    lost = cell("gvbsm")
+    made.append(failure(tmp_path, lost, "UserError: x"))
+    taught[lost["id"]] = "convnet3 + wide (convnet3)"
+    summary = report.build("toy", made, tmp_path / "out", "", teachers=taught)
+    assert {e["teacher"]: e["acc_last"] for e in summary.leaderboard} == {
+        "convnet3": 50.0,
+        "wide (convnet3)": 60.0,
+        "convnet3 + wide (convnet3)": 70.0,
+    }
+    assert sorted(line["teacher"] for line in rows(tmp_path / "out")) == sorted(taught.values())
+    found, markdown = page(tmp_path / "out"), (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "the teachers have 90.00 % on average." in found.text
+    for text in (found.text, markdown):
+        assert "digits, teacher wide (convnet3) at 90.00 %" in text
+        assert "digits, teachers convnet3 + wide (convnet3) at 90.00 % on average" in text
+    assert "convnet3, 90.00 %; convnet3 + wide (convnet3), 90.00 % on average; wide (convnet3), 90.00 %" in found.text
+    assert {image["alt"].split(",")[1] for image in found.all("img")} == {
+        f" teacher {name}" for name in taught.values()
+    }
+    assert found.text.count("cda wide (convnet3)") == 1  # a line of its own in the times
+
+
+def test_a_teacher_counts_once_alone_and_with_others() -> None:
+    """convnet3 took 20 s and its companion 5 s; a third, known only beside the companion, 7 s."""
+    used = {frozenset("a"): 20.0, frozenset("ab"): 25.0, frozenset("b"): 5.0, frozenset("bc"): 12.0}
+    outcomes = [
+        Outcome({}, (), None, (), None, "", "", {"prepare_data": 1.5, "train_teacher": seconds}, teachers)
+        for teachers, seconds in [*used.items(), *used.items()]
+    ]
+    assert shared_seconds(outcomes) == {"prepare_data": 1.5, "train_teacher": 32.0}
+    assert shared_seconds(outcomes[:2]) == {"prepare_data": 1.5, "train_teacher": 25.0}
+
+
+def test_accuracy_is_charted_against_ipc_only_where_a_method_has_two(tmp_path: Path) -> None:
+    made = [result(tmp_path, cell("random", ipc=1), 0.5), result(tmp_path, cell("rded"), 0.6)]
+    report.build("toy", made, tmp_path / "one", "")
+    assert "Accuracy and number of images" not in page(tmp_path / "one").text
+    report.build("toy", [*made, result(tmp_path, cell("rded", ipc=1), 0.4)], tmp_path / "two", "")
+    assert "Accuracy and number of images" in page(tmp_path / "two").text
+
+
+def test_what_holds_for_every_entry_is_said_once(tmp_path: Path) -> None:
+    made = [result(tmp_path, cell("random"), 0.5), result(tmp_path, cell("rded"), 0.6)]
+    report.build("toy", made, tmp_path / "out", "")
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "- One seed: no spread is known, so no difference to it can be judged: every entry\n" in markdown
 
 
 def test_equal_results_in_any_order_give_equal_bytes(three_seeds: list[Path], tmp_path: Path) -> None:

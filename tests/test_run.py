@@ -192,7 +192,11 @@ def test_each_cell_uses_its_own_teachers(taught: Path) -> None:
     assert results["median"]["teacher"] == {"net": "convnet2", "accuracy": accuracy["convnet2"]}
     both = {"net": "convnet1+convnet2", "accuracy": (accuracy["small"] + accuracy["convnet2"]) / 2}
     assert results["random"]["teacher"] == both
-    assert "convnet1+convnet2" in (taught / "6-report" / "report.md").read_text()
+    said = (taught / "6-report" / "report.md").read_text()
+    average = 100 * (accuracy["small"] + accuracy["convnet2"]) / 2
+    one = f"convnet2, {100 * accuracy['convnet2']:.2f} %"
+    assert f"- Teachers: {one}; small (convnet1) + convnet2, {average:.2f} % on average" in said
+    assert f"teachers small (convnet1) + convnet2 at {average:.2f} % on average" in said
 
 
 def test_another_teacher_leaves_the_others_and_their_cells(taught: Path) -> None:

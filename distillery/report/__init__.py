@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distillery.report import table
-from distillery.report.load import SHARED, Failure, Outcome, Row, load
+from distillery.report.load import SHARED, Failure, Outcome, Row, load, reached, several, shared_seconds
 from distillery.report.markdown import markdown
 from distillery.report.notes import title, weaknesses
 from distillery.report.table import Entry
@@ -31,7 +31,14 @@ class Summary:
     metrics: dict[str, float]
 
 
-def build(experiment_name: str, results: list[Path], out: Path, code_version: str, config: str = "") -> Summary:
+def build(
+    experiment_name: str,
+    results: list[Path],
+    out: Path,
+    code_version: str,
+    config: str = "",
+    teachers: Mapping[str, str] | None = None,
+) -> Summary:
     """Write results.csv, report.md, report.html and summary.json into `out`.
 
     Args:
@@ -40,13 +47,14 @@ def build(experiment_name: str, results: list[Path], out: Path, code_version: st
         out: folder to write into; made if absent.
         code_version: version of the code that builds the report.
         config: the experiment as its author wrote it, shown on the page; "" shows what the cells were given.
+        teachers: what a cell's teachers are called, by the cell's id; without, by their nets.
 
     Returns:
         The content of summary.json.
     """
     from distillery.report import page  # matplotlib takes a second to import: only when a report is built
 
-    outcomes = sorted(map(load, results), key=_order)
+    outcomes = sorted((load(result, teachers or {}) for result in results), key=_order)
     rows = sorted((row for outcome in outcomes for row in outcome.rows), key=table.order)
     entries = table.leaderboard(rows)
     failures = [o.failure for o in outcomes if o.failure]
@@ -90,7 +98,9 @@ def _facts(outcomes: Sequence[Outcome], rows: Sequence[Row], code_version: str) 
     failed = sum(o.failure is not None for o in outcomes)
     facts = {
         "Data": ", ".join(sorted({r.dataset for r in rows})),
-        "Teacher": ", ".join(f"{net}, {accuracy:.2f} %" for net, accuracy in teachers),
+        "Teacher" if len(teachers) < 2 else "Teachers": "; ".join(
+            f"{name}, {reached(name, acc)}" for name, acc in teachers
+        ),
         "Cells": f"{len(outcomes) - failed} of {len(outcomes)} finished" if outcomes else "none",
         "Compute time": duration(_seconds(outcomes)) if outcomes else "",
         "Hardware": "; ".join(sorted({o.hardware for o in outcomes if o.hardware})),
@@ -100,10 +110,9 @@ def _facts(outcomes: Sequence[Outcome], rows: Sequence[Row], code_version: str) 
 
 
 def _seconds(outcomes: Sequence[Outcome]) -> float:
-    """Seconds of all steps; a step shared by several cells counts once (its seconds are then equal to the digit)."""
-    shared = {(s, o.seconds[s]) for o in outcomes for s in SHARED if s in o.seconds}
+    """Seconds of all steps; what several cells share counts once."""
     own = sum(seconds for o in outcomes for step, seconds in o.seconds.items() if step not in SHARED)
-    return own + sum(sorted(seconds for _, seconds in shared))
+    return own + sum(shared_seconds(outcomes).values())
 
 
 def _headline(entries: Sequence[Entry]) -> str:
@@ -120,7 +129,8 @@ def _headline(entries: Sequence[Entry]) -> str:
         side = "above" if best.to_random >= 0 else "below"
         told = "not told apart from random real images" if best.tie else f"{abs(best.to_random):.2f} points {side} them"
         said += f", {told if best.tie else told.replace('them', 'random real images')}"
-    return f"{said}; the teacher has {best.setting.teacher_acc:.2f} %."
+    teacher, accuracy = best.setting.teacher, best.setting.teacher_acc
+    return f"{said}; the {'teachers have' if several(teacher) else 'teacher has'} {reached(teacher, accuracy)}."
 
 
 def _metrics(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from distillery.errors import CorruptArtifact
 
 STEPS = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
 SHARED = STEPS[:3]  # made once for several cells
+TRAINING = "train_teacher"
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,16 @@ class Outcome:
     code_version: str
     hardware: str
     seconds: dict[str, float]
+    teachers: frozenset[str] = frozenset()  # fingerprints
 
 
-def load(folder: Path) -> Outcome:
-    """Read one artifact of kind result or failure; anything else, or a damaged one, is itself reported as a failure."""
+def load(folder: Path, teachers: Mapping[str, str]) -> Outcome:
+    """Read one artifact of kind result or failure; anything else, or a damaged one, is itself reported as a failure.
+
+    Args:
+        folder: the artifact.
+        teachers: what a cell's teachers are called, by its id; their nets where it is not there.
+    """
     try:
         manifest = artifact.read(folder)
         if manifest.kind not in ("result", "failure"):
@@ -93,7 +102,46 @@ def load(folder: Path) -> Outcome:
         failure = Failure(folder.name, "", None, None, "report", str(error), hint, "")
         return Outcome({}, (), failure, (), None, "", "", {})
     data = json.loads((folder / f"{manifest.kind}.json").read_text(encoding="utf-8"))
-    return _result(folder, manifest, data) if manifest.kind == "result" else _failure(manifest, data)
+    if manifest.kind == "result":
+        return _result(folder, manifest, data, teachers)
+    return _failure(manifest, data, teachers)
+
+
+def reached(teacher: str, accuracy: float) -> str:
+    """A teacher's accuracy in words; of several it is the mean of theirs, not what they reach together."""
+    return f"{accuracy:.2f} %" + (" on average" if several(teacher) else "")
+
+
+def shared_seconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Seconds of each step that is made for several cells; what is shared counts once.
+
+    A cell's seconds of train_teacher are of all its teachers together, so each teacher's are what the cells with fewer
+    of them leave. Other steps are known by their seconds, equal to the digit where they are the same.
+    """
+    known = [{(step, o.seconds[step]) for o in outcomes if step in o.seconds} for step in SHARED]
+    found = {step: sum(sorted(seconds for _, seconds in own)) for step, own in zip(SHARED, known, strict=True) if own}
+    if any(o.teachers for o in outcomes):
+        found |= {TRAINING: sum(_each_teacher(outcomes).values())} if TRAINING in found else {}
+    return found
+
+
+def _each_teacher(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    together: dict[frozenset[str], float] = {}
+    for outcome in outcomes:
+        if TRAINING in outcome.seconds:  # where a cell failed it may count the experiment's other teachers too
+            least = min(outcome.seconds[TRAINING], together.get(outcome.teachers, math.inf))
+            together[outcome.teachers] = least
+    each: dict[str, float] = {}
+    for teachers in sorted(together, key=lambda prints: (len(prints), sorted(prints))):
+        new = sorted(teachers - each.keys())
+        rest = together[teachers] - sum(each[print_] for print_ in teachers & each.keys())
+        each |= dict.fromkeys(new, max(0.0, rest) / max(1, len(new)))
+    return each
+
+
+def several(teacher: str) -> bool:
+    """Whether that stands for several teachers at once (no name has a plus)."""
+    return "+" in teacher
 
 
 def canonical(value: object) -> str:
@@ -101,9 +149,10 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any]) -> Outcome:
+def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any], teachers: Mapping[str, str]) -> Outcome:
     cell, teacher = _cell(data["cell"] | {k: manifest.config[k] for k in ("students", "labels")}), data["teacher"]
-    common = _common(cell, manifest) | {"teacher": teacher["net"], "teacher_acc": _percent(teacher["accuracy"])}
+    name = teachers.get(cell["id"], teacher["net"])
+    common = _common(cell, manifest) | {"teacher": name, "teacher_acc": _percent(teacher["accuracy"])}
     seen: dict[tuple[str, str], int] = {}
     rows = []
     for student in data["students"]:
@@ -114,7 +163,7 @@ def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any]) -> 
     return _outcome(cell, tuple(rows), manifest, classes=tuple(data["classes"]), preview=preview)
 
 
-def _failure(manifest: artifact.Manifest, data: dict[str, Any]) -> Outcome:
+def _failure(manifest: artifact.Manifest, data: dict[str, Any], teachers: Mapping[str, str]) -> Outcome:
     known = isinstance(data["cell"], dict)
     cell = _cell(data["cell"]) if known else {}
     failure = Failure(
@@ -128,8 +177,8 @@ def _failure(manifest: artifact.Manifest, data: dict[str, Any]) -> Outcome:
         traceback=str(data["traceback"]),
     )
     said = f"{failure.step}: {' '.join(failure.error.split())}"
-    teachers = {"teacher": "+".join(data["cell"]["teachers"]), "teacher_acc": None} if cell else {}
-    common = _common(cell, manifest) | teachers if cell else {}
+    name = teachers.get(failure.cell) or "+".join(data["cell"]["teachers"] if cell else ())
+    common = _common(cell, manifest) | {"teacher": name, "teacher_acc": None} if cell else {}
     rows = []
     for index, student in enumerate(cell.get("students", ())):
         names = (student["net"], student["recipe"]["name"])
@@ -170,6 +219,7 @@ def _outcome(
         code_version=manifest.code_version,
         hardware=str(manifest.run.get("hardware", "")),
         seconds=_seconds(manifest),
+        teachers=frozenset(print_ for name, print_ in manifest.inputs.items() if name.startswith("teacher-")),
     )
 
 

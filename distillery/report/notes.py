@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distillery.report.load import Outcome
 from distillery.report.table import MIN_SEEDS, TIE, Entry, Setting, by_setting
 
-LISTED = 8  # entries named in one note
+LISTED = 8  # blocks named in one note
 HOW_TO_READ = (
     "Top-1 accuracy on the validation images, in percent: the last epoch, mean and sample standard deviation over "
     "seeds. Distances are in points. Only rows of one block are comparable: same IPC (images per class), student, "
@@ -61,7 +61,11 @@ def _peaked(entry: Entry) -> bool:
 
 
 def _note(text: str, entries: Sequence[Entry], applies: Callable[[Entry], bool]) -> Note:
-    return Note(text, _short([f"{e.method} ({title(e.setting)})" for e in entries if applies(e)]))
+    found = [e for e in entries if applies(e)]
+    if len(found) == len(entries) > 1:
+        return Note(text, ("every entry",))
+    blocks = by_setting(found).items()
+    return Note(text, _short([f"{', '.join(e.method for e in own)} ({title(setting)})" for setting, own in blocks]))
 
 
 def _mixed(what: str, values: Sequence[str]) -> Note:

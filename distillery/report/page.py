@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from distillery.report import charts
-from distillery.report.load import SHARED, Failure, Outcome, Row
+from distillery.report.load import Failure, Outcome, Row, shared_seconds
 from distillery.report.notes import HOW_TO_READ, Note, labels, title
 from distillery.report.table import Entry, Setting, by_setting, mean_by_seed
 
@@ -45,7 +45,7 @@ def html(report: Report) -> str:
     """The whole page, self-contained; every name and text in it is escaped by the template engine."""
     look = charts.looks({e.method: e.baseline for e in report.entries})
     settings = by_setting(report.entries[:MOST_ENTRIES])
-    shared, times = _times(report.entries)
+    times = _times(report.entries)
     context = {
         "report": report,
         "css": (FOLDER / "report.css").read_text(encoding="utf-8"),
@@ -56,7 +56,7 @@ def html(report: Report) -> str:
         "trends": _trends(report.entries, look),
         "grids": _grids(report.outcomes, report.entries),
         "heat": _heat(settings, report.outcomes),
-        "shared": shared,
+        "shared": list(shared_seconds(report.outcomes).items()),
         "times": times,
         "sizes": _sizes(report.entries),
         "failures": [_shown(failure) for failure in report.failures[:MOST_FAILURES]],
@@ -144,12 +144,15 @@ def _curves(settings: Mapping[Setting, list[Entry]], look: Mapping[str, charts.L
 
 
 def _trends(entries: Sequence[Entry], look: Mapping[str, charts.Look]) -> list[dict[str, Any]]:
-    """One chart for each student and recipe that was run at several IPCs."""
+    """One chart for each student and recipe with a method that was run at several IPCs."""
     found: list[dict[str, Any]] = []
     for _, same in groupby(sorted(entries, key=lambda e: e.setting.series), key=lambda e: e.setting.series):
         group = list(same)
         setting = group[0].setting
-        if len({e.setting.ipc for e in group}) > 1 and len(found) < MOST_CHARTS:
+        ipcs: dict[str, set[int]] = {}
+        for entry in group:
+            ipcs.setdefault(entry.method, set()).add(entry.setting.ipc)
+        if max(map(len, ipcs.values())) > 1 and len(found) < MOST_CHARTS:
             parts = (setting.context, setting.student, f"{setting.recipe} recipe", labels(setting))
             name = " \u00b7 ".join(part for part in parts if part)
             found.append({"title": name, "svg": charts.against_ipc(group, look, f"trend{len(found)}")})
@@ -157,24 +160,38 @@ def _trends(entries: Sequence[Entry], look: Mapping[str, charts.Look]) -> list[d
 
 
 def _grids(outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """One picture per method and IPC: the lowest seed's."""
-    names = {row.cell: e.method for e in entries for row in e.rows}
-    first: dict[tuple[int, str], Outcome] = {}
+    """One picture per method, IPC and teacher: the lowest seed's."""
+    names, apart = {row.cell: e.method for e in entries for row in e.rows}, _teachers_apart(entries)
+    first: dict[tuple[int, str, str], Outcome] = {}
     for outcome in sorted((o for o in outcomes if o.preview and o.rows), key=lambda o: o.rows[0].seed):
         row = outcome.rows[0]
-        first.setdefault((row.ipc, names[row.cell]), outcome)
+        first.setdefault((row.ipc, names[row.cell], apart[row.cell]), outcome)
     chosen = sorted(first.items())[:MOST_GRIDS]
-    return [_grid(ipc, name, outcome, IMAGE_BYTES // len(chosen)) for (ipc, name), outcome in chosen]
+    return [_grid(*shown, outcome, IMAGE_BYTES // len(chosen)) for shown, outcome in chosen]
 
 
-def _grid(ipc: int, name: str, outcome: Outcome, most_bytes: int) -> dict[str, Any]:
+def _teachers_apart(entries: Sequence[Entry]) -> dict[str, str]:
+    """By cell: its teacher where others made images by the same method at the same IPC, else ""."""
+    made: dict[tuple[int, str], dict[str, str]] = {}
+    for entry in entries:
+        cells = made.setdefault((entry.setting.ipc, entry.method), {})
+        cells |= {row.cell: row.teacher for row in entry.rows}
+    return {
+        cell: teacher if len(set(cells.values())) > 1 else ""
+        for cells in made.values()
+        for cell, teacher in cells.items()
+    }
+
+
+def _grid(ipc: int, name: str, teacher: str, outcome: Outcome, most_bytes: int) -> dict[str, Any]:
     assert outcome.preview is not None
     rows = ", ".join(outcome.classes[:10])
-    alt = f"Images of {name} at IPC {ipc}, one row per class" + (f": {rows}" if rows else "")
-    seed = outcome.rows[0].seed
+    by = f"IPC {ipc}" + (f", teacher {teacher}" if teacher else "")
+    alt = f"Images of {name} at {by}, one row per class" + (f": {rows}" if rows else "")
+    by += f", seed {outcome.rows[0].seed}"
     found = charts.picture(outcome.preview, most_bytes)
     sharp = found.width <= GRID_WIDTH  # small images are shown as their pixels, photos smoothly
-    return {"method": name, "ipc": ipc, "seed": seed, "alt": alt, "picture": found, "sharp": sharp}
+    return {"method": name, "by": by, "alt": alt, "picture": found, "sharp": sharp}
 
 
 def _heat(settings: Mapping[Setting, list[Entry]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -201,20 +218,21 @@ def _per_class(rows: Sequence[Row]) -> list[float]:
     return [_mean(row.per_class[i] for row in rows) or 0.0 for i in range(count)]
 
 
-def _times(entries: Sequence[Entry]) -> tuple[list[tuple[str, float]], list[dict[str, Any]]]:
-    """Seconds of the shared steps, and mean seconds per cell of each method and IPC."""
-    rows = [row for entry in entries for row in entry.rows]
-    shared = [(step, _mean(r.seconds.get(step) for r in rows)) for step in SHARED]
-    lines: dict[tuple[int, str], dict[str, Row]] = {}
+def _times(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Mean seconds per cell of each method, IPC and teacher."""
+    lines: dict[tuple[int, str, str], dict[str, Row]] = {}
+    apart = _teachers_apart(entries)
     for entry in entries:
-        found = lines.setdefault((entry.setting.ipc, entry.method), {})
-        found |= {row.cell: row for row in entry.rows}
+        for row in entry.rows:
+            lines.setdefault((entry.setting.ipc, entry.method, apart[row.cell]), {})[row.cell] = row
     times = []
-    for (ipc, method), cells in sorted(lines.items()):
+    for (ipc, method, teacher), cells in sorted(lines.items()):
         steps = [_mean(row.seconds.get(step) for row in cells.values()) for step in TIMED]
         total = sum(s for s in steps if s is not None)
-        times.append({"ipc": ipc, "method": method, "cells": len(cells), "steps": steps, "total": total})
-    return [(step, seconds) for step, seconds in shared if seconds is not None], times
+        times.append(
+            {"ipc": ipc, "method": method, "teacher": teacher, "cells": len(cells), "steps": steps, "total": total}
+        )
+    return times
 
 
 def _sizes(entries: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillery.report.load import STEPS, Row, canonical
+from distillery.report.load import STEPS, Row, canonical, reached, several
 
 BASELINES = ("random", "median")  # real images, nothing synthesized
 TIE = 0.5  # points: smaller gaps are ties whatever the std says
@@ -187,10 +187,12 @@ def _beside(entry: Entry, random: Entry | None) -> Entry:
 def _settings(rows: Sequence[Row]) -> Callable[[Row], Setting]:
     student_name = _names(rows, lambda r: (r.student, r.net_options))
     recipe_name = _names(rows, lambda r: (r.recipe, r.recipe_values))
-    several = len({(r.dataset, r.teacher, r.teacher_acc) for r in rows if r.teacher_acc is not None}) > 1
+    different = len({(r.dataset, r.teacher, r.teacher_acc) for r in rows if r.teacher_acc is not None}) > 1
 
     def setting(row: Row) -> Setting:
         assert row.teacher_acc is not None, f"{row.cell} has a result but no teacher accuracy"
+        who = "teachers" if several(row.teacher) else "teacher"
+        context = f"{row.dataset}, {who} {row.teacher} at {reached(row.teacher, row.teacher_acc)}"
         return Setting(
             dataset=row.dataset,
             teacher=row.teacher,
@@ -201,7 +203,7 @@ def _settings(rows: Sequence[Row]) -> Callable[[Row], Setting]:
             regime=row.regime,
             labels="none" if row.regime == "hard" else row.labels,
             identity=canonical([row.net_options, row.recipe, row.recipe_values, row.labels]),
-            context=f"{row.dataset}, teacher {row.teacher} at {row.teacher_acc:.2f} %" if several else "",
+            context=context if different else "",
         )
 
     return setting
