@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
+from distillery import statistics
 from distillery.data.real import Real
 from distillery.device import Compute
 from distillery.rng import generator
@@ -61,7 +62,9 @@ def toy_teacher(real: Real, broken: bool = False) -> ToyTeacher:
     net = toy_net(len(real.classes))
     if broken:
         net[-1].bias.data[0] = torch.nan
-    return ToyTeacher(net, real.size)
+    teacher = ToyTeacher(net, real.size)
+    teacher.statistics.update(statistics.collect([teacher], real, statistics.KINDS, seed=0, track=Track.quiet())[0])
+    return teacher
 
 
 def toy_pixels(classes: int = 4, per_class: int = 12, size: int = 8) -> Real:

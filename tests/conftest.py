@@ -38,3 +38,11 @@ def loopback_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     yield
+
+
+@pytest.fixture
+def watched_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recover loop looks at its clock after every step, so that tests may kill it anywhere."""
+    from distillery.methods import _recover
+
+    monkeypatch.setattr(_recover, "STRIDE_PIXELS", 1)

@@ -33,7 +33,7 @@ from typing import Any
 
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
-from distillery.methods import cda, delt, dwa, median, random_real, rded, sre2l, sre2lpp
+from distillery.methods import cda, delt, dwa, median, random_real, rded, sre2l, sre2lpp, wmdd
 from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
@@ -45,6 +45,7 @@ METHODS: dict[str, Method] = {
     "sre2lpp": sre2lpp,
     "dwa": dwa,
     "delt": delt,
+    "wmdd": wmdd,
 }
 
 __all__ = [

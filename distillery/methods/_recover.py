@@ -15,10 +15,12 @@ Legend: M iterations, G groups in a pack, c classes of a group, s images of a cl
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from torch.nn import functional
 
 from distillery.data import augment
 from distillery.data.synthetic import Synthetic
+from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
 from distillery.methods import _selection
 from distillery.methods._contract import Group, Teacher, in_order
@@ -43,6 +46,8 @@ LOOK = 50  # steps between looks at the losses: each look waits for the device
 # (Linear below four images, any batch with several threads), the loop makes visible differences of last bits, and a
 # group must be the same in whatever part it is made. A pack of 10 groups of 10 would save 10 to 25 % of the time.
 CPU_IMAGES = 1
+SMALL_PIXELS = 32 * 32**2  # of a group: below this a CPU works on several groups side by side
+STRIDE_PIXELS = 2**18  # image pixels of a group between two looks at the clock
 MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
 
 
@@ -212,28 +217,106 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
     net_bytes = _selection.look(teacher, real).all_bytes
     kept = track.load()
     packs = _cut(part, kept[1]["sizes"]) if kept else _packs(recovery, part, net_bytes, teacher, track)
+    crew = _crew(teacher, packs)
     total, done, first = len(packs) * recovery.iterations, list[Tensor](), 0
     if kept is not None:
-        first = int(kept[1]["pack"])
+        first = int(kept[1]["packs"])
         done = [kept[0][f"done{place}"] for place in range(first)]
-    for index, pack in enumerate(packs[first:], start=first):
-        run = _Pack(recovery, teacher, pack, seed)
-        if kept is not None and index == first:
-            run.restore(kept[0], kept[1])
-        with run.ready():
-            while run.step < recovery.iterations:
-                run.advance()
-                if run.step % LOOK == 0 or run.step == recovery.iterations:
-                    run.look()
-                track.log(index * recovery.iterations + run.step, total, **run.said)
-                if track.due() and (run.step < recovery.iterations or index + 1 < len(packs)):
-                    run.look()
-                    tensors = {f"done{place}": images for place, images in enumerate(done)} | run.state()
-                    track.save(tensors, {"pack": index, "step": run.step, "sizes": [len(each) for each in packs]})
-        done.append(run.images_u8())
+    pixels = max(len(group.images) for group in part) * teacher.size**2
+    stride = max(1, min(LOOK, STRIDE_PIXELS // pixels))
+    with ThreadPoolExecutor(len(crew)) as pool:
+        at = first
+        while at < len(packs):
+            resumed = kept is not None and at == first
+            side = min(len(crew), int(kept[1]["together"])) if kept is not None and resumed else len(crew)
+            runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
+            step = 0
+            if kept is not None and resumed:
+                step = int(kept[1]["step"])
+                for place, run in enumerate(runs):
+                    run.restore(_below(kept[0], f"run{place}/"), step)
+            with contextlib.ExitStack() as stack:
+                for run in runs:
+                    stack.enter_context(run.ready())
+                while step < recovery.iterations:
+                    step = min(recovery.iterations, step + stride)
+                    _together(pool, runs, step)
+                    track.log(at * recovery.iterations + len(runs) * step, total, **runs[0].said)
+                    last = step == recovery.iterations and at + len(runs) == len(packs)
+                    if track.due() and not last:
+                        tensors = {f"done{place}": images for place, images in enumerate(done)}
+                        for place, run in enumerate(runs):
+                            run.look()
+                            tensors |= {f"run{place}/{name}": tensor for name, tensor in run.state().items()}
+                        sizes = [len(each) for each in packs]
+                        track.save(tensors, {"packs": at, "together": len(runs), "step": step, "sizes": sizes})
+            done += [run.images_u8() for run in runs]
+            at += len(runs)
     track.clear()
     made = dict(zip([image for group in part for image in group.images], torch.cat(done), strict=True))
     return torch.stack([made[image] for image in in_order(part)])
+
+
+def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
+    """Bring every run to a step: one alone with all threads, several with one thread each."""
+    if len(runs) == 1 and pool._max_workers == 1:
+        runs[0].reach(step)
+        return
+    waiting = [pool.submit(_alone, run, step) for run in runs]
+    for each in waiting:
+        each.result()
+
+
+def _alone(run: _Pack, step: int) -> None:
+    if run.teacher.compute.device.type == "cpu":
+        torch.set_num_threads(1)  # of this thread: the others compute beside it
+    run.reach(step)
+
+
+def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
+    """The teacher once for each place where packs are worked on at the same time.
+
+    Several GPUs take packs in turn. On a CPU small groups are worked on side by side, one thread each: a convolution on
+    few images gains little from a second thread. Whether a group is small depends on the group alone, so that its
+    images do not depend on what is made beside it.
+    """
+    device = teacher.compute.device
+    if device.type == "cuda":
+        homes = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+        return [teacher if home == device else _copy(teacher, home) for home in homes[: len(packs)]] or [teacher]
+    small = all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for pack in packs for group in pack)
+    places = min(torch.get_num_threads(), len(packs)) if small else 1
+    return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
+
+
+def _copy(teacher: Teacher, device: torch.device) -> _Crewmate:
+    """A teacher with nets of its own on a device."""
+    compute = replace(teacher.compute, device=device)
+    members = []
+    for member in teacher.members:
+        twin = copy.copy(member)
+        for name, value in {"net": compute.place(copy.deepcopy(member.net)), "compute": compute}.items():
+            object.__setattr__(twin, name, value)  # some teachers are frozen dataclasses
+        members.append(twin)
+    return _Crewmate(members, compute, teacher.size, teacher.mean, teacher.std)
+
+
+@dataclass(frozen=True)
+class _Crewmate:
+    """What the loop reads of a teacher."""
+
+    members: Sequence[Teacher]
+    compute: Compute
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+Mate = Teacher | _Crewmate
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def as_set(images_u8: Tensor, part: Sequence[Group], **extras: Tensor) -> Synthetic:
@@ -306,7 +389,7 @@ def _free_bytes(device: torch.device) -> int:
 class _Pack:
     """Groups that go through the loop together."""
 
-    def __init__(self, recovery: Recovery, teacher: Teacher, groups: list[Group], seed: int) -> None:
+    def __init__(self, recovery: Recovery, teacher: Mate, groups: list[Group], seed: int) -> None:
         self.recovery, self.teacher, self.groups = recovery, teacher, groups
         device, size = teacher.compute.device, teacher.size
         double = any(p.dtype == torch.float64 for member in teacher.members for p in member.net.parameters())
@@ -356,6 +439,13 @@ class _Pack:
         self._adam(back(gradient, rows, columns).view_as(self.x), self.rates[step])
         self.step += 1
 
+    def reach(self, step: int) -> None:
+        """Advance to a step, with looks at the losses on the way."""
+        while self.step < step:
+            self.advance()
+            if self.step % LOOK == 0 or self.step == self.recovery.iterations:
+                self.look()
+
     def look(self) -> None:
         """Fetch the losses since the last look and stop at one that is not a number.
 
@@ -394,11 +484,11 @@ class _Pack:
                 held |= {f"tap/{number}/{place}/{name}": tensor for name, tensor in tap.state.items()}
         return held
 
-    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take a checkpoint up."""
         device = self.x.device
         self.x, self.m, self.v = (tensors[name].to(device) for name in ("x", "m", "v"))
-        self.age, self.step = int(tensors["age"]), int(values["step"])
+        self.age, self.step = int(tensors["age"]), step
         for name, tensor in tensors.items():
             if name.startswith("tap/"):
                 _, number, place, key = name.split("/", 3)
@@ -456,7 +546,7 @@ class _Pack:
             for _ in range(steps):
                 loss = functional.cross_entropy(_logits(member, images), targets)
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-                length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt() + 1e-12
+                length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])) + 1e-12
                 with torch.no_grad():
                     torch._foreach_add_(weights, [g * (rho / steps / length) for g in gradients])
             for weight in weights:

@@ -22,6 +22,8 @@ from distillery.methods._views import ViewLaw, curriculum, draw
 from distillery.rng import generator
 from distillery.track import Track
 
+pytestmark = pytest.mark.usefixtures("watched_closely")
+
 M = 10
 ONE, TWO = Group((0, 1, 2, 3), range(1)), Group((0, 1, 2, 3), range(1, 2))
 
@@ -386,6 +388,7 @@ def test_a_killed_run_continues_to_the_same_bytes_whatever_memory_is_left(
     for after in (3, 9, 10, 14):
         monkeypatch.undo()
         packs = spied(monkeypatch)
+        monkeypatch.setattr(_recover, "STRIDE_PIXELS", 1)
         monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
         track = ToyTrack(kill_after=after)
         with pytest.raises(Killed):
@@ -524,6 +527,27 @@ def test_fp32_stays_near_fp64() -> None:
         if step < 3:
             assert losses[0] == pytest.approx(exact[0], rel=1e-4)
             assert float((images[0] - exact_images[0]).abs().mean()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"ascent": (0.5, 3)}, {"taps": averaging}], ids=["plain", "ascent", "averages"]
+)
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (3, 1), (1, 3), (2, 3)])
+def test_groups_side_by_side_are_the_same_bytes(
+    changes: dict[str, Any], before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, wanted, threads = GROUPS[:4], recovery(**changes), torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = run(wanted, deep_teacher(dtype=torch.float32), part)
+    track = ToyTrack(kill_after=4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before)
+    with pytest.raises(Killed):
+        run(wanted, deep_teacher(dtype=torch.float32), part, track)
+    track.kill_after = 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: after)
+    assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), alone)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads, "a worker changed the threads of this one"
 
 
 IMAGENET = {"iterations": 4000, "lr": 0.25, "r_bn": 0.01, "first_bn": 10.0, "batch": 100, "jitter": 32}
