@@ -25,7 +25,7 @@ def scores(folder: str) -> Dict[str, float]:
 def evaluate_student(
     cell: dict,
     data: Input[Dataset],
-    teacher: Input[Model],
+    teachers: Input[Model],
     synthetic: Input[Dataset],
     labels: Input[Artifact],
     result: Output[Artifact],
@@ -41,6 +41,6 @@ def evaluate_student(
 
     if s3_endpoint:
         os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
-    inputs = (data.path, teacher.path, synthetic.path, labels.path)
+    inputs = (data.path, teachers.path, synthetic.path, labels.path)
     result.metadata.update(facts(steps.evaluate_student(cell, *inputs, result.path, checkpoints)))
     metrics.metadata.update(scores(result.path))

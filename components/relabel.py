@@ -1,4 +1,4 @@
-"""Synthetic images and teacher -> labels artifact of one cell."""
+"""Synthetic images and teachers -> labels artifact of one cell."""
 
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
@@ -9,17 +9,17 @@ from components._step import facts, step
 def relabel(
     cell: dict,
     synthetic: Input[Dataset],
-    teacher: Input[Model],
+    teachers: Input[Model],
     labels: Output[Artifact],
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
 ) -> None:
-    """The teacher's soft labels of every view, or a reference to it. `attempt` changes nothing but KFP's cache key."""
+    """The teachers' soft labels of every view, or a reference. `attempt` changes nothing but KFP's cache key."""
     import os
 
     from distillery import steps
 
     if s3_endpoint:
         os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
-    labels.metadata.update(facts(steps.relabel(cell, synthetic.path, teacher.path, labels.path, checkpoints)))
+    labels.metadata.update(facts(steps.relabel(cell, synthetic.path, teachers.path, labels.path, checkpoints)))

@@ -1,4 +1,4 @@
-"""Dataset and teacher -> synthetic artifact of one cell."""
+"""Dataset and teachers -> synthetic artifact of one cell."""
 
 from kfp.dsl import Dataset, Input, Model, Output
 
@@ -9,7 +9,7 @@ from components._step import facts, step
 def synthesize(
     cell: dict,
     data: Input[Dataset],
-    teacher: Input[Model],
+    teachers: Input[Model],
     synthetic: Output[Dataset],
     attempt: str = "1",
     checkpoints: str = "",
@@ -22,4 +22,4 @@ def synthesize(
 
     if s3_endpoint:
         os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
-    synthetic.metadata.update(facts(steps.synthesize(cell, data.path, teacher.path, synthetic.path, checkpoints)))
+    synthetic.metadata.update(facts(steps.synthesize(cell, data.path, teachers.path, synthetic.path, checkpoints)))

@@ -7,13 +7,15 @@ from components._step import facts, step
 
 @step
 def train_teacher(
-    experiment: str, data: Input[Dataset], teacher: Output[Model], checkpoints: str = "", s3_endpoint: str = ""
+    wanted: dict, data: Input[Dataset], teacher: Output[Model], checkpoints: str = "", s3_endpoint: str = ""
 ) -> None:
-    """Train the teacher, or take given weights, and stop here when its accuracy misses the gate."""
+    """Train one teacher, or take given weights, and stop here when its accuracy misses the gate."""
     import os
 
     from distillery import steps
 
     if s3_endpoint:
         os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
-    teacher.metadata.update(facts(steps.train_teacher(experiment, data.path, teacher.path, checkpoints)))
+    name = wanted["teacher"]
+    made = steps.train_teacher(wanted["experiment"], name, data.path, teacher.path, checkpoints)
+    teacher.metadata.update({**facts(made), "teacher": name})

@@ -43,10 +43,10 @@ class FileFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is, what it was made from and what it consists of. `run` is the only part that may differ
-    between two artifacts of equal content."""
+    """What an artifact is, what it was made from and what it consists of. Only `run` and `code_version`, its own and
+    those of artifacts inside it, may differ between two artifacts of equal content."""
 
-    kind: str  # dataset | teacher | synthetic | labels | result | failure | report
+    kind: str  # dataset | teacher | teachers | piece | pieces | synthetic | labels | result | failure | report
     step: str  # the step that made it
     config: Facts  # that step's resolved config
     inputs: dict[str, str]  # input name -> fingerprint
@@ -58,10 +58,11 @@ class Manifest:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the content: everything but `run` and `code_version`."""
-        named = ("schema", "kind", "step", "config", "inputs", "meta", "files")
-        content = json.dumps({name: getattr(self, name) for name in named}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        """sha256 of the content: everything but `run` and `code_version`, and those of artifacts inside this one."""
+        named = ("schema", "kind", "step", "config", "inputs", "meta")
+        files = {name: facts for name, facts in self.files.items() if not name.endswith(f"/{MANIFEST}")}
+        content = {name: getattr(self, name) for name in named} | {"files": files}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -107,6 +108,9 @@ def finish(
     """
     sources = {k: v if isinstance(v, Manifest) else read(v, verify=False) for k, v in inputs.items()}
     steps = {name: spent for source in sources.values() for name, spent in source.run.get("steps", {}).items()}
+    for each in {source.step for source in sources.values()}:  # several teachers: all their training counts
+        same = {s.fingerprint: s.run.get("seconds", 0.0) for s in sources.values() if s.step == each}
+        steps |= {each: round(sum(same.values()), 3)} if len(same) > 1 else {}
     begin(folder)
     with disk(folder):
         files = {name: _facts(folder / name) for name in _names(folder)}

@@ -32,6 +32,7 @@ def _none_or_three(values: tuple[float, ...]) -> tuple[float, ...]:
 PerChannel = Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], AfterValidator(_none_or_three)]
 PositivePerChannel = Annotated[tuple[Positive, ...], AfterValidator(_none_or_three)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+NameOrNone = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,62})?$")]
 Scalar = bool | int | float | str
 
 
@@ -68,8 +69,9 @@ class DatasetConfig(Strict):
 
 
 class TeacherConfig(Strict):
-    """The network that scores, selects and labels; trained here or given."""
+    """A network that scores, selects and labels; trained here or given."""
 
+    name: NameOrNone = ""  # what methods call it; "" = the net's name
     net: str = "convnet3"
     net_options: dict[str, Scalar] = {}
     weights: str = ""  # safetensors path or URI, or torchvision:NAME; "" = train it here
@@ -162,6 +164,8 @@ class MethodChoice(Strict):
     ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     options: dict[str, Any] = {}
+    shards: Count = 1  # pieces in which each cell's images are made; changes no image
+    teachers: tuple[str, ...] = ()  # names; () = all where the method can use several, else the first
 
 
 class Student(Strict):
@@ -178,11 +182,12 @@ class Cell(Strict):
     id: str
     name: str
     dataset: DatasetConfig
-    teacher: TeacherConfig
+    teachers: Annotated[tuple[str, ...], Field(min_length=1)]  # names; their artifacts carry the rest
     method: str
     ipc: Count
     seed: Seed
     options: dict[str, Any]
+    shards: Count = 1
     labels: LabelConfig
     students: tuple[Student, ...]
     device: str
@@ -194,12 +199,19 @@ class Cell(Strict):
     gpus: str
 
 
+class Piece(Cell):
+    """One of a cell's shards: what its synthesis needs of the cell (so no students), and which one it is."""
+
+    shard: Whole
+
+
 class Experiment(Strict):
-    """What is compared: data, teacher, methods, students."""
+    """What is compared: data, teachers, methods, students."""
 
     name: Name
     dataset: DatasetConfig
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeacherConfig | None = None  # the only one, ...
+    teachers: tuple[TeacherConfig, ...] = ()  # ... or several; neither = a default one
     methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)]
     students: Annotated[tuple[StudentChoice, ...], Field(min_length=1)]
     labels: LabelConfig = LabelConfig()
@@ -207,6 +219,12 @@ class Experiment(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     stop_on_failure: bool = False
     profile: str = "cpu"  # hardware profile of the cells' resource requests
+
+    @property
+    def every_teacher(self) -> tuple[TeacherConfig, ...]:
+        """All teachers, each with its name."""
+        written = self.teachers or (self.teacher or TeacherConfig(),)
+        return tuple(each.model_copy(update={"name": each.name or each.net}) for each in written)
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -37,18 +37,18 @@ def table(source: str) -> str:
     info = DATASETS[wanted.dataset.name]
     size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
     speeds = _speeds(wanted, classes, size, compute)
-    images, teacher_seconds = wanted.dataset.per_class * classes or info.train, 0.0
-    if not wanted.teacher.weights:
-        shown = wanted.teacher.epochs * images
-        teacher_seconds = shown / speeds[_kind(wanted.teacher)].training
+    images = wanted.dataset.per_class * classes or info.train
+    taught = {one.name: _teacher_seconds(one, images, speeds) for one in wanted.every_teacher}
+    forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
     lines = [
         f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
-        f"  teacher {wanted.teacher.net}: {console.duration(teacher_seconds)}",
+        *(f"  teacher {name}: {console.duration(seconds)}" for name, seconds in taught.items()),
         f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
     ]
-    total = teacher_seconds
+    total = sum(taught.values())
     for cell in cells:
-        made, trained = _seconds(cell, classes, size, images, speeds)
+        teacher = 1 / sum(1 / forward[name] for name in cell.teachers)
+        made, trained = _seconds(cell, classes, size, images, teacher, speeds)
         total += made + trained
         pixels, labels_ = console.size(classes * cell.ipc * 3 * size**2), console.size(_label_bytes(cell, classes))
         memory = console.size(_peak(cell, classes, size, images))
@@ -60,9 +60,16 @@ def table(source: str) -> str:
     return "\n".join(lines)
 
 
-def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str, Speed]) -> tuple[float, float]:
+def _teacher_seconds(one: TeacherConfig, images: int, speeds: dict[str, Speed]) -> float:
+    return 0.0 if one.weights else one.epochs * images / speeds[_kind(one)].training
+
+
+def _seconds(
+    cell: Cell, classes: int, size: int, images: int, teacher: float, speeds: dict[str, Speed]
+) -> tuple[float, float]:
+    """Seconds of synthesis and of the students; `teacher` is how many images a second the cell's teachers label."""
     val = DATASETS[cell.dataset.name].val
-    method, teacher = methods.find(cell.method), speeds[_kind(cell.teacher)]
+    method = methods.find(cell.method)
     options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
     forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)["forwards"]
     trained = 0.0
@@ -72,8 +79,8 @@ def _seconds(cell: Cell, classes: int, size: int, images: int, speeds: dict[str,
         shown = sum(val if full else min(val, student_module.SAMPLE) for full in exams)
         trained += shown / speeds[_kind(student)].forward
         trained += views / speeds[_kind(student)].training
-        trained += views / teacher.forward if student.recipe.regime == "soft" else 0.0
-    return forwards / teacher.forward, trained
+        trained += views / teacher if student.recipe.regime == "soft" else 0.0
+    return forwards / teacher, trained
 
 
 def _peak(cell: Cell, classes: int, size: int, images: int) -> int:
@@ -91,9 +98,9 @@ def _label_bytes(cell: Cell, classes: int) -> int:
 
 
 def _speeds(wanted: Experiment, classes: int, size: int, compute: Compute) -> dict[str, Speed]:
-    nets_: dict[str, TeacherConfig | Student] = {}
+    nets_: dict[str, TeacherConfig | Student] = {_kind(one): one for one in wanted.every_teacher}
     for cell in experiment.cells(wanted):
-        nets_ |= {_kind(cell.teacher): cell.teacher} | {_kind(student): student for student in cell.students}
+        nets_ |= {_kind(student): student for student in cell.students}
     return {kind: _speed(one.net, one.net_options, classes, size, compute) for kind, one in nets_.items()}
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,11 +66,15 @@ class Spec:
 
 @dataclass
 class Execution:
-    """A step at work in its output folder; the step's body fills `meta` and `summary`."""
+    """A step at work in its output folder; the step's body fills `meta` and `summary`.
+
+    `parts` are artifacts from which this one is only put together: a failed one fails it, their seconds are its own.
+    """
 
     spec: Spec
     out: Path
     checkpoints: str = ""
+    parts: Sequence[Path] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
 
@@ -80,9 +84,11 @@ class Execution:
         self._began, handed = time.monotonic(), False
         self._emit("started")
         try:
-            failed = next((n for n, m in self.spec.sources.items() if m.kind == "failure"), None)
+            sources = [(self.spec.inputs[name], manifest) for name, manifest in self.spec.sources.items()]
+            sources += [(part, artifact.read(part)) for part in self.parts]
+            failed = next((folder for folder, manifest in sources if manifest.kind == "failure"), None)
             if failed is not None:
-                self._pass_on(self.spec.inputs[failed])
+                self._pass_on(failed)
             elif not self._kept():
                 self.out.mkdir(parents=True, exist_ok=True)
                 handed = True
@@ -128,6 +134,7 @@ class Execution:
 
     def _finish(self, kind: str) -> None:
         inputs = dict(self.spec.inputs)
+        parts = [artifact.read(part, verify=False) for part in self.parts if _is_readable(part)]
         if kind == "failure":
             inputs = {name: folder for name, folder in inputs.items() if _is_readable(folder)}
         else:
@@ -139,7 +146,7 @@ class Execution:
             config=self.spec.config,
             inputs=inputs,
             meta=self.meta,
-            seconds=time.monotonic() - self._began,
+            seconds=time.monotonic() - self._began + sum(part.run.get("seconds", 0.0) for part in parts),
             hardware=hardware(self.spec.compute) if self.spec.compute else "",
         )
 
@@ -162,7 +169,10 @@ class Execution:
     def _pass_on(self, failed: Path) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         clear(self.out)
-        shutil.copyfile(failed / "failure.json", self.out / "failure.json")
+        said = json.loads((failed / "failure.json").read_text())
+        if self.spec.cell is not None:
+            said["cell"] = plain(self.spec.cell)  # a piece knows less of it
+        (self.out / "failure.json").write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
         self._finish("failure")
         self._emit("passed on", "an earlier step of this cell failed")
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ import yaml
 
 from distillery import console, methods, nets, recipes
 from distillery.code_version import code_version as current_code
-from distillery.config import Cell, DatasetConfig, Experiment, MethodChoice, Student, parse, plain, read_yaml, short
+from distillery.config import (
+    Cell,
+    DatasetConfig,
+    Experiment,
+    MethodChoice,
+    Student,
+    TeacherConfig,
+    parse,
+    plain,
+    read_yaml,
+    short,
+)
 from distillery.data import DATASETS, prepare
 from distillery.errors import StoreError, UserError, choices, nearest
 
@@ -110,12 +122,83 @@ def load(source: str) -> Experiment:
     experiment = parse(Experiment, read_yaml(text, where), where)
     _known("dataset.name", experiment.dataset.name, DATASETS)
     _known("profile", experiment.profile, PROFILES)
-    _at("teacher.net", nets.check_net, experiment.teacher.net, dict(experiment.teacher.net_options))
+    _check_teachers(experiment)
     for index, student in enumerate(experiment.students):
         _at(f"students[{index}].net", nets.check_net, student.net, dict(student.net_options))
     for index, choice in enumerate(experiment.methods):
         _at(f"methods[{index}].method", methods.find, choice.method)
+        _at(f"methods[{index}].teachers", teachers_of, experiment, choice)
     return experiment
+
+
+def _check_teachers(experiment: Experiment) -> None:
+    if experiment.teacher and experiment.teachers:
+        raise UserError(
+            f"teacher, teachers: both are written (net {experiment.teacher.net!r} beside {len(experiment.teachers)} "
+            "others); keep teacher for one, or list all of them under teachers"
+        )
+    names: dict[str, str] = {}
+    for index, teacher in enumerate(experiment.every_teacher):
+        where = f"teachers[{index}]" if experiment.teachers else "teacher"
+        _at(f"{where}.net", nets.check_net, teacher.net, dict(teacher.net_options))
+        if teacher.name in names:
+            raise UserError(
+                f"{where}: the name {teacher.name!r} is already that of {names[teacher.name]} (without a name a "
+                "teacher is called by its net); give each teacher a name of its own"
+            )
+        names[teacher.name] = where
+    info, (first, *others) = DATASETS[experiment.dataset.name], experiment.every_teacher
+    for teacher in others:  # known before any of them is trained
+        for what in ("mean", "std"):
+            here, there = (tuple(getattr(one, what)) or getattr(info, what) for one in (first, teacher))
+            if here != there:
+                raise UserError(
+                    f"teachers {first.name} and {teacher.name} differ in {what}: {here} and {there}; teachers of one "
+                    "experiment see the same images, so give both the same"
+                )
+
+
+def teacher_named(experiment: Experiment, name: str) -> TeacherConfig:
+    """One of the experiment's teachers.
+
+    Raises:
+        UserError: no teacher of that name; names the nearest.
+    """
+    known = {teacher.name: teacher for teacher in experiment.every_teacher}
+    if name not in known:
+        raise UserError(f"no teacher is called {name!r}{nearest(name, known)}; known: {choices(known)}")
+    return known[name]
+
+
+def teachers_of(experiment: Experiment, choice: MethodChoice) -> tuple[str, ...]:
+    """Names of the teachers that a method's cells use, in the order in which they are averaged.
+
+    By default all of them where the method can use several, else the first. A method that runs no teacher takes as
+    many as it is given: they only label its images.
+
+    Raises:
+        UserError: an unknown name, one twice, or several for a method that uses one.
+    """
+    needs, every = methods.find(choice.method).NEEDS, [teacher.name for teacher in experiment.every_teacher]
+    names = choice.teachers or tuple(every if needs.several else every[:1])
+    for name in names:
+        teacher_named(experiment, name)
+        if names.count(name) > 1:
+            raise UserError(f"{name!r} is listed {names.count(name)} times; name each teacher once")
+    if len(names) > 1 and needs.teacher and not needs.several:
+        raise UserError(f"{choice.method} uses one teacher, and {len(names)} are listed: {choices(names)}; keep one")
+    return names
+
+
+def statistics_of(experiment: Experiment) -> dict[str, list[str]]:
+    """What must be known of the training images for some method: {"teachers": whose statistics, "kinds": which}.
+
+    Both in order; empty lists where no method asks for any.
+    """
+    asking = [choice for choice in experiment.methods if methods.find(choice.method).NEEDS.statistics]
+    kinds = {kind for choice in asking for kind in methods.find(choice.method).NEEDS.statistics}
+    names = {name for choice in asking for name in teachers_of(experiment, choice)}
+    return {"teachers": [t.name for t in experiment.every_teacher if t.name in names], "kinds": sorted(kinds)}
 
 
 def check(source: str, code: str = "") -> list[Cell]:
@@ -125,6 +208,29 @@ def check(source: str, code: str = "") -> list[Cell]:
         UserError: as `load` and `cells`.
     """
     return cells(load(source), code)
+
+
+def reduced(
+    experiment: Experiment,
+    code: str = "",
+    teachers: Sequence[TeacherConfig] = (),
+    asking: Sequence[MethodChoice] = (),
+) -> str:
+    """An experiment cut down to its data and what else is given, as text; the first line names the code.
+
+    KFP's cache compares what a step is given: adding a method then neither makes the data again nor trains a teacher
+    again, while other data, another teacher or changed code does. What the text holds besides (a name, a student, a
+    method where none is given) only makes it a whole experiment.
+    """
+    found: dict[str, Any] = {"name": "upstream", "dataset": plain(experiment.dataset)}
+    if teachers:
+        found |= {"device": experiment.device, "precision": experiment.precision}
+        found["teachers"] = [plain(teacher) for teacher in teachers]
+    asked = [{"method": c.method, "ipc": [1], "teachers": teachers_of(experiment, c)} for c in asking]
+    found["methods"] = asked or [{"method": "random", "ipc": [1]}]
+    found["students"] = [{"net": teacher.net, "net_options": teacher.net_options} for teacher in teachers[:1]]
+    found["students"] = found["students"] or [{"net": TeacherConfig().net}]
+    return f"# distillery {code or current_code()}\n{json.dumps(found, sort_keys=True)}\n"
 
 
 def classes_of(dataset: DatasetConfig) -> int:
@@ -148,45 +254,59 @@ def cells(experiment: Experiment, code: str = "") -> list[Cell]:
     found: dict[str, Cell] = {}
     for index, choice in enumerate(experiment.methods):
         for ipc in choice.ipc:
-            options = _options(experiment, index, choice, ipc, size)
+            options = _options(experiment, index, choice, ipc, size, classes)
             students = _students(experiment, classes, ipc, size)
             for seed in choice.seeds:
-                cell = _cell(experiment, choice.method, ipc, seed, options, students, code)
+                cell = _cell(experiment, choice, ipc, seed, options, students, code)
                 if cell.id in found:
                     raise UserError(f"methods[{index}]: the cell {cell.id} is asked for twice; keep one")
                 found[cell.id] = cell
-    length = len(json.dumps([plain(c) for c in found.values()]))
+    made = list(found.values())
+    _check_length("cells", [plain(cell) for cell in made], "split it into several experiments")
+    _check_length("pieces", [p for cell in made for p in pieces(cell)], "lower shards, or split it into several")
+    return made
+
+
+def pieces(cell: Cell) -> list[dict[str, Any]]:
+    """The shards of a cell, as JSON values of `config.Piece`."""
+    return [plain(cell) | {"students": [], "shard": shard} for shard in range(cell.shards)]
+
+
+def _check_length(what: str, made: list[dict[str, Any]], remedy: str) -> None:
+    length = len(json.dumps(made))
     if length > MAX_CELLS_BYTES:
         raise UserError(
-            f"the experiment expands to {len(found)} cells of {length} bytes together; KFP passes at most "
-            f"{MAX_CELLS_BYTES} between steps: split it into several experiments"
+            f"the experiment expands to {len(made)} {what} of {length} bytes together; KFP passes at most "
+            f"{MAX_CELLS_BYTES} between steps: {remedy}"
         )
-    return list(found.values())
 
 
 def _cell(
     experiment: Experiment,
-    method: str,
+    choice: MethodChoice,
     ipc: int,
     seed: int,
     options: dict[str, Any],
     students: tuple[Student, ...],
     code: str,
 ) -> Cell:
-    defaults = plain(methods.config_of(method, {}, experiment.dataset.name, ipc))
+    defaults = plain(methods.config_of(choice.method, {}, experiment.dataset.name, ipc))
     changed = {k: v for k, v in options.items() if defaults.get(k) != v}
+    teachers, usual = (teachers_of(experiment, c) for c in (choice, choice.model_copy(update={"teachers": ()})))
+    changed |= {"teachers": teachers} if teachers != usual else {}
     mark = "-" + hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
     needs_gpu = experiment.device == "cuda" or experiment.profile != "cpu"
     cpu, memory, gpus = PROFILES[experiment.profile]
     return Cell(
-        id=f"{method}-ipc{ipc}-seed{seed}{mark}",
+        id=f"{choice.method}-ipc{ipc}-seed{seed}{mark}",
         name=experiment.name,
         dataset=experiment.dataset,
-        teacher=experiment.teacher,
-        method=method,
+        teachers=teachers,
+        method=choice.method,
         ipc=ipc,
         seed=seed,
         options=options,
+        shards=choice.shards,
         labels=experiment.labels,
         students=students,
         device=experiment.device,
@@ -199,12 +319,16 @@ def _cell(
     )
 
 
-def _options(experiment: Experiment, index: int, choice: MethodChoice, ipc: int, size: int) -> dict[str, Any]:
+def _options(
+    experiment: Experiment, index: int, choice: MethodChoice, ipc: int, size: int, classes: int
+) -> dict[str, Any]:
     """The method's resolved options, checked against what can be known before the data is read."""
 
     def resolved() -> dict[str, Any]:
         config = methods.config_of(choice.method, dict(choice.options), experiment.dataset.name, ipc)
-        methods.find(choice.method).check(config, ipc=ipc, size=size, per_class=None)
+        method = methods.find(choice.method)
+        method.check(config, ipc=ipc, size=size, per_class=None)
+        methods.cut(choice.method, method.groups(config, ipc=ipc, classes=classes), choice.shards)
         return plain(config)
 
     found: dict[str, Any] = _at(f"methods[{index}] ({choice.method}, ipc {ipc})", resolved)

@@ -129,7 +129,7 @@ def delt(case: Case) -> Fields:
 
 
 def gvbsm(case: Case) -> Fields:
-    """G-VBSM (CVPR 2024), train_FKD.py: MSE to the teacher's logits plus gamma CE; one teacher, not their mean."""
+    """G-VBSM (CVPR 2024), train_FKD.py: MSE to the (mean of the teachers') logits plus gamma CE."""
     views = {**RRC, **CUTMIX}
     sgd = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     if case.column == "cifar":

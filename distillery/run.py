@@ -9,6 +9,7 @@ pushed when it is finished, pulled when a later step needs it, and checkpoints a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery import artifact, experiment, steps
+from distillery.artifact import Manifest
 from distillery.config import Experiment
 from distillery.errors import UserError
 from distillery.files import cache_root
@@ -79,28 +81,48 @@ class _Run:
 
     def all(self) -> Done:
         checkpoints = f"{self.remote.uri}/checkpoints" if self.remote else ""
-        cells = steps.plan(self.text)
+        cells, every = steps.plan(self.text), steps.plan_teachers(self.text)
         data = self._place("1-data", cells[0]["dataset"]["name"], steps.dataset_spec(self.text).key)
         self._step(data, lambda out: steps.prepare_data(self.text, out, checkpoints))
         steps.check_counts(cells, data)
-        teacher = self._place("2-teachers", cells[0]["teacher"]["net"], steps.teacher_spec(self.text, data).key)
-        self._step(teacher, lambda out: steps.train_teacher(self.text, data, out, checkpoints))
-        results = [self._cell(cell, data, teacher, checkpoints) for cell in cells]
+        taught = {each["teacher"]: self._teacher(each["teacher"], data, checkpoints) for each in every}
+        teachers = self._place("2-teachers", "all", steps.teachers_spec(self.text, data, taught).key)
+        self._step(teachers, lambda out: steps.gather_teachers(self.text, data, taught, out, checkpoints))
+        results = [self._cell(cell, data, teachers, checkpoints) for cell in cells]
         out = self.local / "6-report"
         failures = steps.report(self.text, list(results), out)
         if self.remote is not None:
             self.remote.push(out, "6-report")
         return Done(out, f"{self.remote.uri}/6-report" if self.remote else str(out), failures)
 
-    def _cell(self, cell: dict[str, Any], data: Path, teacher: Path, checkpoints: str) -> Path:
+    def _teacher(self, name: str, data: Path, checkpoints: str) -> Path:
+        place = self._place("2-teachers", name, steps.teacher_spec(self.text, name, data).key)
+        self._step(place, lambda out: steps.train_teacher(self.text, name, data, out, checkpoints))
+        return place
+
+    def _cell(self, cell: dict[str, Any], data: Path, teachers: Path, checkpoints: str) -> Path:
         name = cell["id"]
-        synthetic = self._place("3-synthetic", name, steps.synthetic_spec(cell, data, teacher).key)
-        self._step(synthetic, lambda out: steps.synthesize(cell, data, teacher, out, checkpoints))
-        labels = self._place("4-labels", name, steps.labels_spec(cell, synthetic, teacher).key)
-        self._step(labels, lambda out: steps.relabel(cell, synthetic, teacher, out, checkpoints))
-        result = self._place("5-students", name, steps.result_spec(cell, data, teacher, synthetic, labels).key)
-        self._step(result, lambda out: steps.evaluate_student(cell, data, teacher, synthetic, labels, out, checkpoints))
+        synthetic = self._place("3-synthetic", name, steps.synthetic_spec(cell, data, teachers).key)
+        self._step(synthetic, lambda out: self._synthesize(cell, data, teachers, out, checkpoints))
+        labels = self._place("4-labels", name, steps.labels_spec(cell, synthetic, teachers).key)
+        self._step(labels, lambda out: steps.relabel(cell, synthetic, teachers, out, checkpoints))
+        result = self._place("5-students", name, steps.result_spec(cell, data, teachers, synthetic, labels).key)
+        made = (data, teachers, synthetic, labels)
+        self._step(result, lambda out: steps.evaluate_student(cell, *made, out, checkpoints))
         return result
+
+    def _synthesize(self, cell: dict[str, Any], data: Path, teachers: Path, out: Path, checkpoints: str) -> Manifest:
+        """A cell's images at once or, with shards, piece by piece: the same artifact."""
+        if cell["shards"] == 1 or (artifact.is_finished(out) and artifact.read(out).kind == "synthetic"):
+            return steps.synthesize(cell, data, teachers, out, checkpoints)
+        made = []
+        for piece in steps.pieces(cell):
+            key = steps.piece_spec(piece, data, teachers).key
+            made.append(self._place("3-synthetic", f"{cell['id']}-piece{piece['shard']}", key))
+            self._step(
+                made[-1], functools.partial(steps.synthesize_piece, piece, data, teachers, checkpoints=checkpoints)
+            )
+        return steps.gather_pieces(cell, data, teachers, made, out, checkpoints)
 
     def _place(self, folder: str, name: str, key: str) -> Path:
         return self.local / folder / f"{name}-{key}"

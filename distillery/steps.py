@@ -1,8 +1,12 @@
 """READ THIS FIRST: the steps in order. Everything else serves one of them.
 
-    plan -> prepare_data -> train_teacher
+    plan -> prepare_data
+         -> for each teacher: train_teacher
+         -> gather_teachers
          -> for each cell: synthesize -> relabel -> evaluate_student
          -> report -> verdict
+
+A cell with shards goes another way to the same images: for each of its pieces synthesize_piece, then gather_pieces.
 
 A step is a plain function `step(config, *input_folders, out)`. It reads finished artifacts and leaves one finished
 artifact in `out`. The in-process runner, kfp.local and the cluster call these same functions; equal inputs give equal
@@ -18,18 +22,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods
+from distillery import artifact, console, evaluate, experiment, labels, methods, sharding, statistics
 from distillery import report as reports
-from distillery import teacher as teachers
+from distillery import teacher as teaching
 from distillery.artifact import Manifest
 from distillery.code_version import code_version
-from distillery.config import Cell, parse, plain
+from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
+from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
@@ -48,6 +55,30 @@ def plan(source: str, code: str = "") -> list[dict[str, Any]]:
         UserError: anything wrong with the experiment.
     """
     return [plain(cell) for cell in experiment.check(source, code)]
+
+
+def plan_teachers(source: str, code: str = "") -> list[dict[str, Any]]:
+    """The teachers of an experiment, as JSON-able dicts: `teacher`, the name, and `experiment`.
+
+    `experiment` is all that this teacher depends on, as the text of an experiment; `train_teacher` takes both.
+
+    Raises:
+        UserError: anything wrong with the experiment.
+    """
+    wanted = experiment.load(source)
+    return [
+        {"teacher": one.name, "experiment": experiment.reduced(wanted, code, (one,))} for one in wanted.every_teacher
+    ]
+
+
+def upstream(source: str, code: str = "") -> dict[str, str]:
+    """Texts of smaller experiments, by step: all that `prepare_data` and `gather_teachers` depend on."""
+    wanted = experiment.load(source)
+    asking = [choice for choice in wanted.methods if methods.find(choice.method).NEEDS.statistics]
+    return {
+        "prepare_data": experiment.reduced(wanted, code),
+        "gather_teachers": experiment.reduced(wanted, code, wanted.every_teacher, asking),
+    }
 
 
 def dataset_spec(source: str) -> Spec:
@@ -82,90 +113,176 @@ def check_counts(cells: list[dict[str, Any]], data: Folder) -> None:
         methods.find(this.method).check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
 
 
-def teacher_spec(source: str, data: Folder) -> Spec:
+def teacher_spec(source: str, name: str, data: Folder) -> Spec:
     """What `train_teacher` will make."""
     wanted = experiment.load(source)
-    compute = choose(wanted.device, wanted.precision)
-    config = plain(wanted.teacher)
-    for name in teachers.GATE:  # changes no weights: a teacher that failed its gate is not trained again
-        config.pop(name)
-    weights = config.pop("weights")
-    places = {"weights": weights, "sha256": pretrained.identity(weights) if weights else ""}
-    config = {"teacher": config | {"given": bool(weights)}} | _said(compute)
+    compute, one = choose(wanted.device, wanted.precision), experiment.teacher_named(wanted, name)
+    places = {"weights": one.weights, "sha256": pretrained.identity(one.weights) if one.weights else ""}
+    config = {"teacher": teaching.training(one)} | _said(compute)
     return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
 
 
-def train_teacher(source: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
     """Dataset -> `teacher` artifact: trained or given weights; raises when they do not pass the accuracy gate."""
-    step = Execution(teacher_spec(source, data), Path(out), checkpoints)
+    step = Execution(teacher_spec(source, name, data), Path(out), checkpoints)
+    wanted = experiment.teacher_named(experiment.load(source), name)
     with step.running() as work:
         if work:
-            compute = step.spec.compute or choose()
-            net, card = teachers.make(experiment.load(source).teacher, real.load(Path(data)), compute, step.track())
-            teachers.save(step.out, net, card)
+            net, card = teaching.make(wanted, real.load(Path(data)), step.spec.compute or choose(), step.track())
+            teaching.save(step.out, net, card)
             step.meta = {"net": card.net, "accuracy": card.accuracy, "accuracy_best": card.accuracy_best}
-            step.summary = f"{card.net}: accuracy {100 * card.accuracy:.2f} %"
-    teachers.gate(experiment.load(source).teacher, teachers.read_card(Path(out)))
+            step.summary = f"{wanted.name}: accuracy {100 * card.accuracy:.2f} %"
+    teaching.gate(wanted, teaching.read_card(Path(out)))
     return step.manifest
 
 
-def synthetic_spec(cell: dict[str, Any], data: Folder, teacher: Folder) -> Spec:
+def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folder]) -> Spec:
+    """What `gather_teachers` will make."""
+    wanted = experiment.load(source)
+    names, asked = [one.name for one in wanted.every_teacher], experiment.statistics_of(wanted)
+    if set(teacher_folders) != set(names):
+        raise UserError(f"expected the teachers {choices(names)}, got {choices(teacher_folders)}; give each its folder")
+    for name, folder in teacher_folders.items():
+        found, meant = (
+            artifact.read(Path(folder), "teacher").config,
+            teaching.training(experiment.teacher_named(wanted, name)),
+        )
+        if found["teacher"] != meant:
+            raise UserError(f"{folder}: holds another teacher than the experiment's {name!r}; give its own folder")
+    compute = choose(wanted.device, wanted.precision)
+    config: dict[str, Any] = {"teachers": names} | ({"statistics": asked} | _said(compute) if asked["kinds"] else {})
+    inputs = {"data": Path(data)} | {f"teacher-{name}": Path(teacher_folders[name]) for name in names}
+    modules = ("teacher", "statistics") if asked["kinds"] else ("teacher",)
+    return Spec("gather_teachers", "teachers", config, inputs, modules, compute)
+
+
+def gather_teachers(
+    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: str = ""
+) -> Manifest:
+    """All teachers, by name -> `teachers` artifact: a folder for each, with the statistics that methods ask for."""
+    step = Execution(teachers_spec(source, data, teacher_folders), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            cards = {name: teaching.read_card(Path(folder)) for name, folder in teacher_folders.items()}
+            teaching.agree(cards)
+            for name, folder in teacher_folders.items():
+                shutil.copytree(folder, step.out / name, dirs_exist_ok=True)
+            if asked := step.spec.config.get("statistics"):
+                members = [teaching.load(step.out / name, step.spec.compute or choose()) for name in asked["teachers"]]
+                found = statistics.collect(members, real.load(Path(data)), asked["kinds"], seed=0, track=step.track())
+                for name, own in zip(asked["teachers"], found, strict=True):
+                    teaching.save_statistics(step.out / name, own)
+            step.meta = {f"accuracy_{name}": card.accuracy for name, card in cards.items()}
+            step.summary = ", ".join(f"{name} {100 * card.accuracy:.2f} %" for name, card in cards.items())
+    return step.manifest
+
+
+def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
     """What `synthesize` will make."""
     this = parse(Cell, cell, "cell")
     compute = choose(this.device, this.precision)
     config = {"method": this.method, "ipc": this.ipc, "seed": this.seed, "options": this.options} | _said(compute)
     code = (methods.module_name(this.method), "teacher", "data.synthetic")
-    inputs = {"data": Path(data), "teacher": Path(teacher)}
+    inputs = {"data": Path(data)} | _own(this, teachers)
+    if methods.find(this.method).NEEDS.statistics:
+        inputs["teachers"] = Path(teachers)
     return Spec("synthesize", "synthetic", config, inputs, code, compute, this)
 
 
-def synthesize(cell: dict[str, Any], data: Folder, teacher: Folder, out: Folder, checkpoints: str = "") -> Manifest:
-    """Dataset and teacher -> `synthetic` artifact: IPC images per class by the cell's method."""
+def synthesize(cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+    """Dataset and teachers -> `synthetic` artifact: IPC images per class by the cell's method."""
     this = parse(Cell, cell, "cell")
-    step = Execution(synthetic_spec(cell, data, teacher), Path(out), checkpoints)
+    step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints)
     with step.running() as work:
         if work:
-            images, method = real.load(Path(data)), methods.find(this.method)
-            options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
-            method.check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
-            found = method.synthesize(
-                options,
-                images,
-                teachers.load(Path(teacher), step.spec.compute or choose()),
-                ipc=this.ipc,
-                seed=this.seed,
-                part=method.groups(options, ipc=this.ipc, classes=len(images.classes)),
-                track=step.track(),
-            )
-            found.save(step.out)
-            write_preview(found.images_u8, found.labels, step.out / "preview.png")
-            step.meta = {"method": this.method, "ipc": this.ipc, "classes": list(images.classes)}
-            step.meta |= {"images": len(found.labels), "image_bytes": found.images_u8.numel()}
-            step.summary = f"{len(found.labels)} images, {console.size(found.images_u8.numel())}"
+            images = real.load(Path(data))
+            _keep_set(step, this, images, _make_groups(step, this, images, teachers, _groups(this, images)))
     return step.manifest
 
 
-def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teacher: Folder) -> Spec:
+def pieces(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cell's shards, as JSON-able dicts; each is a part of its images that is made alone."""
+    return experiment.pieces(parse(Cell, cell, "cell"))
+
+
+def plan_pieces(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pieces of all cells, in order."""
+    return [piece for cell in cells for piece in pieces(cell)]
+
+
+def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
+    """What `synthesize_piece` will make: as `synthetic_spec`, and which piece of which cell."""
+    this = parse(Piece, piece, "piece")
+    whole = synthetic_spec({name: piece[name] for name in Cell.model_fields}, data, teachers)
+    config = whole.config | {"cell": this.id, "shard": this.shard, "shards": this.shards}
+    return replace(whole, name="synthesize_piece", kind="piece", config=config)
+
+
+def synthesize_piece(
+    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+) -> Manifest:
+    """Dataset and teachers -> `piece` artifact: one shard of a cell's images."""
+    this = parse(Piece, piece, "piece")
+    step = Execution(piece_spec(piece, data, teachers), Path(out), checkpoints)
+    with step.running() as work:
+        if work:
+            images = real.load(Path(data))
+            groups = methods.cut(this.method, _groups(this, images), this.shards)[this.shard]
+            found = _make_groups(step, this, images, teachers, groups)
+            found.save(step.out)
+            step.meta = {"groups": [group.name for group in groups], "images": len(found.labels)}
+            step.summary = f"piece {this.shard + 1} of {this.shards}: {len(found.labels)} images"
+    return step.manifest
+
+
+def bundle_pieces(folders: Sequence[Folder], out: Folder) -> Manifest:
+    """Pieces of all cells -> `pieces` artifact, CELL/SHARD in it: KFP hands one artifact on to a loop, but no list."""
+    return sharding.bundle([Path(folder) for folder in folders], Path(out))
+
+
+def gather_pieces(
+    cell: dict[str, Any],
+    data: Folder,
+    teachers: Folder,
+    piece_folders: Sequence[Folder],
+    out: Folder,
+    checkpoints: str = "",
+) -> Manifest:
+    """All pieces of a cell -> `synthetic` artifact: the one that `synthesize` makes, to the byte."""
+    this, parts = parse(Cell, cell, "cell"), [Path(folder) for folder in piece_folders]
+    step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints, parts)
+    with step.running() as work:
+        if work:
+            images = real.load(Path(data))
+            shards = methods.cut(this.method, _groups(this, images), this.shards)
+            order = sharding.order(parts, [piece_spec(piece, data, teachers) for piece in pieces(cell)])
+            places = [place for shard in order for place in methods.in_order(shards[shard])]
+            found = synthetic.join([synthetic.load(part) for part in parts], places)
+            _keep_set(step, this, images, found)
+    return step.manifest
+
+
+def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teachers: Folder) -> Spec:
     """What `relabel` will make."""
     this = parse(Cell, cell, "cell")
     compute = choose(this.device, this.precision)
     config = {"labels": plain(this.labels), "seed": this.seed, "recipes": [plain(s.recipe) for s in this.students]}
-    inputs = {"synthetic": Path(synthetic_in), "teacher": Path(teacher)}
+    inputs = {"synthetic": Path(synthetic_in)} | _own(this, teachers)
     return Spec("relabel", "labels", config | _said(compute), inputs, ("labels", "teacher"), compute, this)
 
 
 def relabel(
-    cell: dict[str, Any], synthetic_in: Folder, teacher: Folder, out: Folder, checkpoints: str = ""
+    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
 ) -> Manifest:
-    """Synthetic images and teacher -> `labels` artifact: soft labels of every view, or a reference to their maker."""
+    """Synthetic images and teachers -> `labels` artifact: soft labels of every view, or a reference to their maker."""
     this = parse(Cell, cell, "cell")
-    step = Execution(labels_spec(cell, synthetic_in, teacher), Path(out), checkpoints)
+    step = Execution(labels_spec(cell, synthetic_in, teachers), Path(out), checkpoints)
     with step.running() as work:
         if work:
             step.meta = labels.relabel(
                 this.students,
                 synthetic.load(Path(synthetic_in)),
-                teachers.load(Path(teacher), step.spec.compute or choose()),
+                teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
                 seed=this.seed,
                 config=this.labels,
                 out=step.out,
@@ -175,10 +292,10 @@ def relabel(
     return step.manifest
 
 
-def result_spec(cell: dict[str, Any], data: Folder, teacher: Folder, synthetic_in: Folder, labels_in: Folder) -> Spec:
+def result_spec(cell: dict[str, Any], data: Folder, teachers: Folder, synthetic_in: Folder, labels_in: Folder) -> Spec:
     """What `evaluate_student` will make."""
     this = parse(Cell, cell, "cell")
-    folders = {"data": data, "teacher": teacher, "synthetic": synthetic_in, "labels": labels_in}
+    folders = {"data": data, "synthetic": synthetic_in, "labels": labels_in}
     compute = choose(this.device, this.precision)
     config: dict[str, Any] = {
         "cell": this.id,
@@ -188,14 +305,14 @@ def result_spec(cell: dict[str, Any], data: Folder, teacher: Folder, synthetic_i
     }
     config |= {"method": this.method, "ipc": this.ipc, "seed": this.seed, "options": this.options}
     config |= {"students": [plain(s) for s in this.students]} | _said(compute)
-    inputs = {name: Path(folder) for name, folder in folders.items()}
+    inputs = {name: Path(folder) for name, folder in folders.items()} | _own(this, teachers)
     return Spec("evaluate_student", "result", config, inputs, ("evaluate",), compute, this)
 
 
 def evaluate_student(
     cell: dict[str, Any],
     data: Folder,
-    teacher: Folder,
+    teachers: Folder,
     synthetic_in: Folder,
     labels_in: Folder,
     out: Folder,
@@ -203,13 +320,13 @@ def evaluate_student(
 ) -> Manifest:
     """Everything of a cell -> `result` artifact: accuracy last and best of each student trained from scratch."""
     this = parse(Cell, cell, "cell")
-    step = Execution(result_spec(cell, data, teacher, synthetic_in, labels_in), Path(out), checkpoints)
+    step = Execution(result_spec(cell, data, teachers, synthetic_in, labels_in), Path(out), checkpoints)
     with step.running() as work:
         if work:
             result = evaluate.students(
                 this,
                 real.load(Path(data)),
-                teachers.load(Path(teacher), step.spec.compute or choose()),
+                teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
                 synthetic.load(Path(synthetic_in)),
                 Path(labels_in),
                 step.track(),
@@ -257,6 +374,36 @@ def verdict(failures: list[str]) -> None:
     """
     if failures:
         raise DistilleryError(f"{len(failures)} of the cells failed:\n  " + "\n  ".join(failures))
+
+
+def _groups(this: Cell, images: real.Real) -> list[methods.Group]:
+    options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+    return methods.find(this.method).groups(options, ipc=this.ipc, classes=len(images.classes))
+
+
+def _make_groups(
+    step: Execution, this: Cell, images: real.Real, teachers: Folder, part: Sequence[methods.Group]
+) -> Synthetic:
+    """Some groups of a cell's images."""
+    method, compute = methods.find(this.method), step.spec.compute or choose()
+    options = methods.config_of(this.method, this.options, this.dataset.name, this.ipc)
+    method.check(options, ipc=this.ipc, size=images.size, per_class=images.counts("train"))
+    taught = teaching.load(Path(teachers), compute, this.teachers)
+    return method.synthesize(options, images, taught, ipc=this.ipc, seed=this.seed, part=part, track=step.track())
+
+
+def _keep_set(step: Execution, this: Cell, images: real.Real, found: Synthetic) -> None:
+    """Leave a cell's whole set in the step's folder."""
+    found.save(step.out)
+    write_preview(found.images_u8, found.labels, step.out / "preview.png")
+    step.meta = {"method": this.method, "ipc": this.ipc, "classes": list(images.classes)}
+    step.meta |= {"images": len(found.labels), "image_bytes": found.images_u8.numel()}
+    step.summary = f"{len(found.labels)} images, {console.size(found.images_u8.numel())}"
+
+
+def _own(this: Cell, teachers: Folder) -> dict[str, Path]:
+    """The cell's own teachers as inputs: what else was gathered changes nothing for it."""
+    return {f"teacher-{place}": Path(teachers) / name for place, name in enumerate(this.teachers)}
 
 
 def _said(compute: Compute) -> dict[str, str]:

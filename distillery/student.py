@@ -9,6 +9,7 @@ Legend: N synthetic images, C classes, B batch, S side.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def train(
     Args:
         net_name, net_options: the architecture; its initial weights depend on the seed alone.
         recipe: resolved.
-        synthetic: images_u8 [N, 3, S, S] and labels [N].
+        synthetic: images_u8 [N, 3, S, S], labels [N], and weights [N] where images count differently.
         labels_source: soft labels (see `labels.open_source`); not asked under hard labels.
         teacher: gives the normalisation.
         real_val: images_u8 [M, 3, R, R] and labels [M] of the validation split.
@@ -87,7 +88,7 @@ def train(
         NonFiniteLoss: the training diverged.
     """
     norm = (teacher.mean, teacher.std)
-    batches = Batches(synthetic.images_u8, synthetic.labels, recipe, seed, norm, compute)
+    batches = Batches(synthetic.images_u8, synthetic.labels, recipe, seed, norm, compute, synthetic.weights)
     net = _initial(net_name, net_options, len(teacher.card.classes), teacher.size, seed)
     key = json.dumps([net_name, dict(net_options), plain(recipe), seed, len(synthetic.labels)], sort_keys=True)
     run = _Run(recipe, compute.place(net), batches, labels_source, seed, compute, track, key)
@@ -129,25 +130,31 @@ def loss_of(recipe: Recipe, logits: Tensor, soft: Tensor | None, batch: Batch) -
 
     kl: KL(teacher || student) at the temperature, mean over images, times T^2 only with `kl_t2`. mse_ce: mean squared
     difference of logits plus `ce_weight` times CE to the class of the unmixed image (G-VBSM's code). ce: CE, shared
-    between both classes of a mixed image.
+    between both classes of a mixed image. Weights multiply the loss of each image before the mean.
 
     Args:
         recipe: which loss.
         logits: [B, C] of the student.
         soft: [B, C] teacher logits; None under hard labels.
-        batch: gives the classes.
+        batch: gives the classes and the weights.
     """
+    each = batch.weights is not None
+    cross_entropy = functools.partial(F.cross_entropy, logits, reduction="none" if each else "mean")
     if recipe.loss == "ce":
-        own = F.cross_entropy(logits, batch.targets)
-        if batch.own == 1.0:
-            return own
-        return batch.own * own + (1.0 - batch.own) * F.cross_entropy(logits, batch.partners)
-    assert soft is not None
-    if recipe.loss == "mse_ce":
-        return F.mse_loss(logits, soft) + recipe.ce_weight * F.cross_entropy(logits, batch.targets)
-    warm = recipe.temperature
-    divergence = F.kl_div(F.log_softmax(logits / warm, 1), F.softmax(soft / warm, 1), reduction="batchmean")
-    return divergence * warm**2 if recipe.kl_t2 else divergence
+        loss = cross_entropy(batch.targets)
+        if batch.own != 1.0:
+            loss = batch.own * loss + (1.0 - batch.own) * cross_entropy(batch.partners)
+    elif recipe.loss == "mse_ce":
+        assert soft is not None
+        squares = F.mse_loss(logits, soft, reduction="none").mean(1) if each else F.mse_loss(logits, soft)
+        loss = squares + recipe.ce_weight * cross_entropy(batch.targets)
+    else:
+        assert soft is not None
+        warm = recipe.temperature
+        own, wanted = F.log_softmax(logits / warm, 1), F.softmax(soft / warm, 1)
+        loss = F.kl_div(own, wanted, reduction="none").sum(1) if each else F.kl_div(own, wanted, reduction="batchmean")
+        loss = loss * warm**2 if recipe.kl_t2 else loss
+    return loss if batch.weights is None else (batch.weights * loss).mean()
 
 
 def _initial(name: str, options: Mapping[str, Any], classes: int, size: int, seed: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The teacher: train it or take given weights, check it, and freeze it for everyone downstream.
+"""Teachers: train one or take given weights, check it, and freeze it, alone or with others, for everyone downstream.
 
 Legend: B batch, N images, C classes, S side.
 """
@@ -6,15 +6,21 @@ Legend: B batch, N images, C classes, S side.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn import functional
 
 from distillery import nets
-from distillery.config import TeacherConfig, ViewPolicy
+from distillery.config import TeacherConfig, ViewPolicy, plain, short
 from distillery.data import augment
 from distillery.data.real import Real
 from distillery.device import Compute
@@ -26,7 +32,7 @@ from distillery.track import Track
 from distillery.train import accuracy, build_optimizer, cosine, onecycle, pack, set_lr, unpack
 
 GATE = ("min_accuracy", "expected_accuracy", "tolerance")  # what of the configuration decides without training
-WEIGHTS, CARD = "weights.safetensors", "teacher.json"
+WEIGHTS, CARD, STATISTICS = "weights.safetensors", "teacher.json", "statistics.safetensors"
 CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 
 
@@ -53,6 +59,7 @@ class Frozen:
         net: the network on its device.
         card: its `Card`.
         mean, std, size, compute: normalisation, input side in pixels, device and precision.
+        statistics: of the training images inside it (`distillery.statistics`), where a method asked for them.
     """
 
     def __init__(self, net: nn.Module, card: Card, compute: Compute) -> None:
@@ -79,6 +86,27 @@ class Frozen:
         mean = torch.tensor(self.mean, device=x01.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=x01.device).view(1, 3, 1, 1)
         return (x01 - mean) / std
+
+
+class Ensemble(Frozen):
+    """Several teachers of the same classes, size and normalisation as one: its logits are the mean of theirs.
+
+    `net` holds all networks side by side: their layers can be looked at, but there is nothing to call.
+    """
+
+    def __init__(self, members: Sequence[Frozen]) -> None:
+        super().__init__(nn.ModuleList(m.net for m in members), _joint([m.card for m in members]), members[0].compute)
+        self._members = tuple(members)
+
+    @property
+    def members(self) -> tuple[Frozen, ...]:
+        """The teachers themselves."""
+        return self._members
+
+    @torch.no_grad()
+    def logits(self, x_norm: torch.Tensor) -> torch.Tensor:
+        """Mean of the members' logits [B, C] in float32 (what G-VBSM's students learn from)."""
+        return torch.stack([member.logits(x_norm) for member in self._members]).mean(0)
 
 
 def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tuple[nn.Module, Card]:
@@ -130,25 +158,32 @@ def gate(cfg: TeacherConfig, card: Card) -> None:
     Raises:
         GateError: names the accuracy, the bound and the usual causes.
     """
-    got, chance = card.accuracy, 1 / len(card.classes)
+    name, got, chance = cfg.name or card.net, card.accuracy, 1 / len(card.classes)
     causes = (
         "usual causes: another class order (teacher.classes), another normalisation (teacher.mean, teacher.std; "
         f"used here {card.mean} and {card.std}), another stem or input size ({card.size} px)"
     )
     if cfg.expected_accuracy and abs(got - cfg.expected_accuracy) > cfg.tolerance:
         raise GateError(
-            f"teacher {card.net}: validation accuracy {got:.4f} is not within {cfg.tolerance} of "
+            f"teacher {name}: validation accuracy {got:.4f} is not within {cfg.tolerance} of "
             f"teacher.expected_accuracy {cfg.expected_accuracy}; {causes}"
         )
     if got < cfg.min_accuracy:
         remedy = causes if cfg.weights else "train longer (teacher.epochs), or lower teacher.min_accuracy"
         raise GateError(
-            f"teacher {card.net}: validation accuracy {got:.4f} is below teacher.min_accuracy "
-            f"{cfg.min_accuracy}; {remedy}"
+            f"teacher {name}: validation accuracy {got:.4f} is below teacher.min_accuracy {cfg.min_accuracy}; {remedy}"
         )
     guessing = chance + 0.05 * (1 - chance)
     if cfg.weights and got < guessing:
-        raise GateError(f"teacher {card.net}: validation accuracy {got:.4f} is about guessing ({chance:.4f}); {causes}")
+        raise GateError(f"teacher {name}: validation accuracy {got:.4f} is about guessing ({chance:.4f}); {causes}")
+
+
+def training(cfg: TeacherConfig) -> dict[str, Any]:
+    """What of a configuration changes the weights: another name or gate does not train a teacher again."""
+    config = plain(cfg)
+    for key in ("name", "weights", *GATE):
+        config.pop(key)
+    return config | {"given": bool(cfg.weights)}
 
 
 def save(folder: Path, net: nn.Module, card: Card) -> None:
@@ -157,16 +192,76 @@ def save(folder: Path, net: nn.Module, card: Card) -> None:
     write_atomic(folder / CARD, (json.dumps(asdict(card), indent=1, sort_keys=True) + "\n").encode())
 
 
-def load(folder: Path, compute: Compute) -> Frozen:
-    """Read a teacher artifact and freeze it.
+def load(folder: Path, compute: Compute, names: Sequence[str] = ()) -> Frozen:
+    """Read teachers from an artifact and freeze them.
+
+    Args:
+        folder: a "teachers" artifact, or a single teacher's where no names are given.
+        compute: device and precision.
+        names: whose; several give an `Ensemble`.
 
     Raises:
-        CorruptArtifact: the card is not readable.
+        CorruptArtifact: a card or statistics are not readable.
     """
+    members = [_load_one(folder / name, compute) for name in names] or [_load_one(folder, compute)]
+    return members[0] if len(members) == 1 else Ensemble(members)
+
+
+def _load_one(folder: Path, compute: Compute) -> Frozen:
     card = read_card(folder)
     net = nets.build(card.net, len(card.classes), card.size, **card.net_options)
     pretrained.load(net, str(folder / WEIGHTS), card.net)
-    return Frozen(net, card, compute)
+    frozen = Frozen(net, card, compute)
+    if (folder / STATISTICS).exists():
+        try:
+            frozen.statistics = load_file(folder / STATISTICS)
+        except (OSError, SafetensorError) as error:
+            raise CorruptArtifact(
+                f"{folder / STATISTICS}: not readable ({error}); gather the teachers again"
+            ) from error
+    return frozen
+
+
+def save_statistics(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
+    """Write a teacher's statistics beside its weights; `load` finds them there."""
+    write_atomic(folder / STATISTICS, to_bytes({name: value.contiguous() for name, value in found.items()}))
+
+
+def agree(cards: Mapping[str, Card]) -> None:
+    """Refuse teachers that cannot stand behind one set of images.
+
+    Args:
+        cards: by the teachers' names.
+
+    Raises:
+        UserError: two teachers of other classes, size or normalisation; names both and their values.
+    """
+    (first, one), *others = cards.items()
+    for name, other in others:
+        for what in ("classes", "size", "mean", "std"):
+            here, there = getattr(one, what), getattr(other, what)
+            if here != there:
+                raise UserError(
+                    f"teachers {first} and {name} differ in {what}: {short(here)} and {short(there)}; teachers of one "
+                    "experiment see the same images, so give both the same (teachers[...].mean, .std, .classes)"
+                )
+
+
+def _joint(cards: Sequence[Card]) -> Card:
+    """One card for several teachers: nets joined by "+", accuracies averaged."""
+    first = cards[0]
+    return Card(
+        net="+".join(card.net for card in cards),
+        net_options={},
+        classes=first.classes,
+        size=first.size,
+        mean=first.mean,
+        std=first.std,
+        accuracy=fmean(card.accuracy for card in cards),
+        accuracy_best=fmean(card.accuracy_best for card in cards),
+        per_class=[fmean(values) for values in zip(*(card.per_class for card in cards), strict=True)],
+        curve=[],
+    )
 
 
 def read_card(folder: Path) -> Card:

@@ -1,4 +1,4 @@
-"""Compile the pipeline into the package that is committed: `python -m pipelines.compile`.
+"""Compile the pipelines into the packages that are committed: `python -m pipelines.compile`.
 
 The compiled text is not the same from run to run (its comments change order), so packages are compared as parsed
 documents, and a package that says the same is left as it is.
@@ -10,15 +10,17 @@ from typing import Any, List
 import yaml
 
 PACKAGE = Path(__file__).with_name("distill_pipeline.yaml")
+SHARDED = Path(__file__).with_name("distill_sharded_pipeline.yaml")
 
 
-def compile_to(path: Path) -> Path:
-    """Compile the pipeline of `distill_pipeline.py` to a package at `path`."""
+def compile_to(path: Path, package: Path = PACKAGE) -> Path:
+    """Compile the pipeline of a committed package to a package at `path`."""
     from kfp.compiler import Compiler
 
     from pipelines.distill_pipeline import distill
+    from pipelines.distill_sharded_pipeline import distill_sharded
 
-    Compiler().compile(distill, str(path))
+    Compiler().compile({PACKAGE: distill, SHARDED: distill_sharded}[package], str(path))
     return path
 
 
@@ -28,14 +30,15 @@ def documents(path: Path) -> List[Any]:
 
 
 def main() -> None:
-    """Bring the committed package up to date."""
-    fresh = compile_to(PACKAGE.with_suffix(".part.yaml"))
-    if documents(fresh) == documents(PACKAGE):
-        fresh.unlink()
-        print(f"{PACKAGE} is up to date")
-    else:
-        fresh.replace(PACKAGE)
-        print(f"{PACKAGE} compiled")
+    """Bring the committed packages up to date."""
+    for package in (PACKAGE, SHARDED):
+        fresh = compile_to(package.with_suffix(".part.yaml"), package)
+        if documents(fresh) == documents(package):
+            fresh.unlink()
+            print(f"{package} is up to date")
+        else:
+            fresh.replace(package)
+            print(f"{package} compiled")
 
 
 if __name__ == "__main__":

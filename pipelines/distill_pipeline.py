@@ -1,10 +1,11 @@
-"""The DAG: plan -> prepare_data -> train_teacher -> for each cell (see cell.py) -> report -> verdict."""
+"""The DAG: plan, data, each teacher (see flow.py), each cell (cell.py), report, verdict."""
 
 from kfp import dsl
 
-from components import IMAGE, plan, prepare_data, report, train_teacher, verdict
+from components import IMAGE
 from pipelines.cell import cell
-from pipelines.resources import ANY_NODE, CELLS_AT_ONCE, NEEDS, NO_TOLERATIONS, Pods, fit
+from pipelines.flow import after_cells, before_cells
+from pipelines.resources import ANY_NODE, CELLS_AT_ONCE, NEEDS, NO_TOLERATIONS, Pods
 
 
 @dsl.pipeline(name="distill", description="Real images in; a few synthetic images per class with soft labels out.")
@@ -25,16 +26,13 @@ def distill(
     s3_secret: str = "distillery-s3",  # keys accesskey, secretkey; it may be missing
     checkpoints: str = "",  # s3:// prefix where long loops save their state; "" = a lost pod starts its step again
 ) -> None:
-    place = {"image": image, "gpu_type": gpu_type, "tolerations": tolerations, "node_selector": node_selector}
+    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret)
     store = {"s3_endpoint": s3_endpoint, "checkpoints": checkpoints}
     code = {"code_version": code_version, "s3_endpoint": s3_endpoint}
-    pods = Pods(**place, s3_secret=s3_secret)
-    cells = fit(plan(experiment=experiment, **code), pods)
-    data = fit(prepare_data(experiment=cells.outputs["upstream"], **store), pods, data_cpu, data_memory).outputs["data"]
-    taught = train_teacher(experiment=cells.outputs["upstream"], data=data, **store)
-    teacher = fit(taught, pods, teacher_cpu, teacher_memory, teacher_gpus).outputs["teacher"]
-    with dsl.ParallelFor(cells.outputs["Output"], parallelism=CELLS_AT_ONCE) as c:
-        own = {"cell": c, "cpu": c.cpu, "memory": c.memory, "gpus": c.gpus, "attempt": attempt, "s3_secret": s3_secret}
-        one = cell(data=data, teacher=teacher, **own, **place, **store)
-    found = fit(report(experiment=experiment, results=dsl.Collected(one.output), **code), pods)
-    fit(verdict(failures=found.outputs["Output"]), pods)
+    for_data = {"cpu": data_cpu, "memory": data_memory}
+    for_teachers = {"cpu": teacher_cpu, "memory": teacher_memory, "gpus": teacher_gpus}
+    cells, data, teachers = before_cells(experiment, pods, code, store, for_data, for_teachers)
+    with dsl.ParallelFor(cells, parallelism=CELLS_AT_ONCE) as c:
+        own = {"cell": c, "cpu": c.cpu, "memory": c.memory, "gpus": c.gpus, "attempt": attempt}
+        one = cell(data=data, teachers=teachers, **own, **vars(pods), **store)
+    after_cells(experiment, dsl.Collected(one.output), pods, code)

@@ -14,7 +14,8 @@ from kfp import kubernetes
 from kfp.dsl import PipelineTask
 
 MINUTES, HOURS = 60, 3600
-CELLS_AT_ONCE = 8  # pods of the loop; a cluster without room for so many queues them
+PIECES_AT_ONCE = 16
+CELLS_AT_ONCE = 8  # pods of a loop; a cluster without room for so many queues them
 NO_TOLERATIONS: List[dict] = []
 ANY_NODE: Dict[str, str] = {}
 
@@ -35,8 +36,15 @@ NEEDS = {
     # plan reads what a URI points to, so equal arguments may mean another experiment; report and verdict cost nothing.
     "plan": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
     "prepare_data": Need("4", "8Gi", "", "1Gi", 24 * HOURS, cached=True),
+    "plan_teachers": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
     "train_teacher": Need("4", "16Gi", "0", "1Gi", 72 * HOURS, cached=True),
+    "gather_teachers": Need("4", "16Gi", "0", "1Gi", 24 * HOURS, cached=True),
     "synthesize": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
+    "plan_pieces": Need("1", "2Gi", "", "64Mi", 30 * MINUTES, cached=False),
+    "synthesize_piece": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
+    "bundle_pieces": Need("2", "4Gi", "", "64Mi", 24 * HOURS, cached=True),
+    # It only copies, but asks for the cell's GPU: a set made on a GPU must find the device it was made for.
+    "gather_pieces": Need("", "", "", "1Gi", 24 * HOURS, cached=True),
     "relabel": Need("", "", "", "1Gi", 24 * HOURS, cached=True),
     "evaluate_student": Need("", "", "", "1Gi", 72 * HOURS, cached=True),
     "report": Need("1", "4Gi", "", "64Mi", 2 * HOURS, cached=False),

@@ -74,6 +74,22 @@ def test_seconds_of_the_steps_before_are_collected(tmp_path: Path) -> None:
     assert teacher.run["steps"] == {"prepare_data": 3.0, "train_teacher": 4.0}
 
 
+def test_seconds_of_several_artifacts_of_one_step_add_up(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "a", seconds=1.0), make(tmp_path / "b", seconds=2.5, meta={"accuracy": 0.7})
+    again = make(tmp_path / "a2", seconds=1.0)
+    found = make(tmp_path / "c", step="gather_teachers", inputs={"a": first, "b": second, "again": again})
+    assert found.run["steps"] == {"train_teacher": 3.5, "gather_teachers": 1.5}
+
+
+def test_an_artifact_inside_counts_by_its_content(tmp_path: Path) -> None:
+    prints = []
+    for name, seconds, accuracy in (("a", 1.0, 0.5), ("b", 2.0, 0.5), ("c", 1.0, 0.6)):
+        make(tmp_path / name / "inner", seconds=seconds, meta={"accuracy": accuracy})
+        (tmp_path / name / "inner" / "data.bin").write_bytes(b"1" if accuracy == 0.5 else b"2")
+        prints.append(make(tmp_path / name).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_the_code_version_is_noted_but_not_content(tmp_path: Path) -> None:
     written = make(tmp_path)
     assert written.code_version == code_version()

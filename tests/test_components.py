@@ -16,7 +16,7 @@ import components
 import distillery
 from components._step import facts
 from components.evaluate_student import scores
-from distillery import artifact
+from distillery import artifact, experiment, methods
 from distillery.config import Cell, parse
 from distillery.errors import DistilleryError, UserError
 
@@ -43,16 +43,17 @@ def body(name: str) -> list[ast.stmt]:
     return function.body[1:] if ast.get_docstring(function) else function.body
 
 
-def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]], str]:
-    """The cells and the upstream text that `plan` gives for an experiment."""
+def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]], str, str]:
+    """The cells, and the texts that `plan` gives for data and teachers."""
     tmp_path.mkdir(exist_ok=True)
-    cells = components.plan.python_func(text, str(tmp_path / "upstream"), **more)
-    return cells, (tmp_path / "upstream").read_text()
+    cells = components.plan.python_func(text, str(tmp_path / "upstream"), str(tmp_path / "gathering"), **more)
+    return cells, (tmp_path / "upstream").read_text(), (tmp_path / "gathering").read_text()
 
 
 def test_they_stand_in_flow_order() -> None:
-    before, inside, after = ["plan", "prepare_data", "train_teacher"], ["synthesize", "relabel"], ["report", "verdict"]
-    assert [*before, *inside, "evaluate_student", *after] == ALL
+    before = ["plan", "prepare_data", "plan_teachers", "train_teacher", "gather_teachers"]
+    pieces = ["plan_pieces", "synthesize_piece", "bundle_pieces", "gather_pieces"]
+    assert [*before, "synthesize", *pieces, "relabel", "evaluate_student", "report", "verdict"] == ALL
 
 
 def test_image_is_tagged_with_the_version() -> None:
@@ -101,19 +102,46 @@ def test_scores_are_percent_per_student_and_say_when_the_cell_failed(tmp_path: P
     assert len(found) == 5, "two students of one name keep their own numbers"
 
 
-def test_upstream_changes_with_data_teacher_and_code_but_not_with_methods(tmp_path: Path) -> None:
-    cells, upstream = planned(tmp_path, EXPERIMENT)
-    assert [cell["id"] for cell in cells] == ["random-ipc1-seed0", "random-ipc1-seed1"]
-    other = EXPERIMENT.replace("seeds: [0, 1]", "seeds: [5]").replace("name: small", "name: other")
-    assert planned(tmp_path / "b", other)[1] == upstream
-    for old, new in (("per_class: 4", "per_class: 5"), ("epochs: 1, batch", "epochs: 2, batch")):
-        assert planned(tmp_path / "c", EXPERIMENT.replace(old, new))[1] != upstream
-    assert planned(tmp_path / "d", EXPERIMENT, code_version="9")[1] != upstream
-    assert planned(tmp_path / "e", upstream)[1] == upstream, "it is an experiment itself"
+def test_data_and_teachers_depend_on_their_own_part_alone(tmp_path: Path) -> None:
+    two = EXPERIMENT.replace("teacher: {", "teachers: [{name: a, net: convnet2}, {")
+    two = two.replace("batch: 32}", "batch: 32}]")
+
+    def texts(old: str, new: str, **more: str) -> tuple[str, str, list[str]]:
+        _, upstream, gathering = planned(tmp_path, two.replace(old, new), **more)
+        each = components.plan_teachers.python_func(gathering, **more)
+        assert [one["teacher"] for one in each] == ["a", "convnet1"]
+        return upstream, gathering, [one["experiment"] for one in each]
+
+    data, gathering, (first, second) = texts("", "")
+    assert texts("seeds: [0, 1]", "seeds: [5]") == texts("name: small", "name: other") == texts("", "")
+    assert texts("fair-soft, epochs: 1", "fair-soft, epochs: 2") == texts("", "")
+    changed = texts("epochs: 1, batch", "epochs: 2, batch")
+    assert changed[0] == data
+    assert changed[1] != gathering
+    assert changed[2][0] == first
+    assert changed[2][1] != second
+    for old, new, more in (("per_class: 4", "per_class: 5", {}), ("", "", {"code_version": "9"})):
+        found = texts(old, new, **more)
+        assert found[0] != data
+        assert first not in found[2]
+        assert second not in found[2]
+    for text in (data, gathering, first, second):
+        experiment.load(text)  # they are experiments themselves
+
+
+def test_statistics_that_a_method_asks_for_reach_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before, without = planned(tmp_path, EXPERIMENT)
+    needs = methods.Needs(teacher=True, gpu=False, statistics=("class_bn",))
+    monkeypatch.setattr(methods.find("random"), "NEEDS", needs)
+    _, after, gathering = planned(tmp_path, EXPERIMENT)
+    assert (after, gathering) != (before, without)
+    assert after == before
+    wanted = experiment.load(gathering)
+    assert experiment.statistics_of(wanted) == {"teachers": ["convnet1"], "kinds": ["class_bn"]}
 
 
 def test_numbers_that_kfp_turned_into_floats_do_not_change_a_cell(tmp_path: Path) -> None:
-    (cell, _), _ = planned(tmp_path, EXPERIMENT)
+    cell = planned(tmp_path, EXPERIMENT)[0][0]
     as_kfp = json.loads(json.dumps(cell), parse_int=float)
     assert isinstance(as_kfp["ipc"], float)
     assert parse(Cell, as_kfp, "cell") == parse(Cell, cell, "cell")
@@ -133,16 +161,19 @@ def test_faulty_experiment_stops_in_plan(tmp_path: Path) -> None:
 
 
 def test_failed_cell_passes_through_and_verdict_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (cell, _), upstream = planned(tmp_path, EXPERIMENT.replace("ipc: [1]", "ipc: [9]"))
-    folder = {name: str(tmp_path / name) for name in ("data", "teacher", "synthetic", "labels", "result")}
+    (cell, _), upstream, gathering = planned(tmp_path, EXPERIMENT.replace("ipc: [1]", "ipc: [9]"))
+    folder = {name: str(tmp_path / name) for name in ("data", "teacher", "teachers", "synthetic", "labels", "result")}
     data, teacher = dsl.Dataset(uri=folder["data"]), dsl.Model(uri=folder["teacher"])
+    teachers = dsl.Model(uri=folder["teachers"])
     made, labels = dsl.Dataset(uri=folder["synthetic"]), dsl.Artifact(uri=folder["labels"])
     result, metrics = dsl.Artifact(uri=folder["result"]), dsl.Metrics()
     components.prepare_data.python_func(upstream, data)
-    components.train_teacher.python_func(upstream, data, teacher)
-    components.synthesize.python_func(cell, data, teacher, made)
-    components.relabel.python_func(cell, made, teacher, labels)
-    components.evaluate_student.python_func(cell, data, teacher, made, labels, result, metrics)
+    components.train_teacher.python_func(components.plan_teachers.python_func(gathering)[0], data, teacher)
+    components.gather_teachers.python_func(gathering, data, [teacher], teachers)
+    assert teachers.metadata["accuracy_convnet1"] == teacher.metadata["accuracy"]
+    components.synthesize.python_func(cell, data, teachers, made)
+    components.relabel.python_func(cell, made, teachers, labels)
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
     assert made.metadata["kind"] == result.metadata["kind"] == "failure"
     assert metrics.metadata == {"failed": 1.0}
     page, table = dsl.HTML(uri=str(tmp_path / "page")), dsl.Markdown(uri=str(tmp_path / "table"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distillery import experiment, steps
+from distillery import experiment, methods, steps
 from distillery.config import Cell, Experiment, parse, plain, read_yaml
 from distillery.errors import UserError
 
@@ -31,6 +31,27 @@ students:
 def changed(**values: Any) -> str:
     """The toy experiment with top-level values replaced."""
     return yaml.safe_dump(yaml.safe_load(TEXT) | values, sort_keys=False)
+
+
+def several(name: str = "deep", net: str = "convnet4", **choice: Any) -> str:
+    """The toy experiment with three teachers, the last one and the first method as given."""
+    teachers = [{"net": "convnet3"}, {"net": "convnet3", "name": "wide"}, {"net": net, "name": name}]
+    data = yaml.safe_load(changed(teachers=teachers, methods=[{"method": "rded", "ipc": [1]} | choice]))
+    return yaml.safe_dump({key: value for key, value in data.items() if key != "teacher"})
+
+
+def test_a_cell_names_its_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert steps.plan(TEXT)[0]["teachers"] == ["convnet3"]
+    assert [one["teacher"] for one in steps.plan_teachers(several())] == ["convnet3", "wide", "deep"]
+    (first,) = steps.plan(several())
+    assert (first["id"], first["teachers"]) == ("rded-ipc1-seed0", ["convnet3"])
+    (other,) = steps.plan(several(teachers=["wide"]))
+    assert other["teachers"] == ["wide"]
+    assert other["id"] != first["id"], "both may stand in one experiment"
+    (labelled,) = steps.plan(several(method="random", teachers=["wide", "deep"]))
+    assert labelled["teachers"] == ["wide", "deep"], "random images may be labelled by several"
+    monkeypatch.setattr(methods.find("rded"), "NEEDS", methods.Needs(teacher=True, gpu=True, several=True))
+    assert steps.plan(several())[0]["teachers"] == ["convnet3", "wide", "deep"]
 
 
 def test_cells_are_every_method_ipc_and_seed_in_order() -> None:
@@ -78,6 +99,17 @@ def test_a_cell_survives_kfp_floats() -> None:
         ),
         (changed(teacher={"net": "convnet3", "lr": float("nan")}), ["teacher.lr", "nan"]),
         (changed(teacher={"net": "convnet3", "mean": [0.5]}), ["teacher.mean", "three numbers"]),
+        (changed(teachers=[{"net": "convnet3"}]), ["teacher, teachers", "both"]),
+        (several(name="wide"), ["teachers[2]", "'wide'", "already that of teachers[1]", "a name of its own"]),
+        (several(net="convnt3"), ["teachers[2].net", "'convnt3'", "did you mean 'convnet3'"]),
+        (
+            changed(teacher=None, teachers=[{"net": "convnet3"}, {"net": "convnet4", "std": [0.5, 0.5, 0.25]}]),
+            ["teachers convnet3 and convnet4 differ in std", "0.3188", "0.25", "give both the same"],
+        ),
+        (several(name="a b"), ["teachers[2].name", "'a b'"]),
+        (several(teachers=["wde"]), ["methods[0].teachers", "'wde'", "did you mean 'wide'", "convnet3, wide, deep"]),
+        (several(teachers=["wide", "deep"]), ["methods[0].teachers", "rded uses one teacher", "wide, deep"]),
+        (several(method="random", teachers=["wide", "wide"]), ["methods[0].teachers", "'wide' is listed 2 times"]),
         (changed(precision="fp16"), ["precision", "'fp16'", "bf16"]),
         (TEXT + "name: again\n", ["line", "'name'", "twice"]),
         ("name: [\n", ["not readable as YAML"]),
@@ -103,7 +135,7 @@ def test_shipped_experiments_are_valid() -> None:
 def test_overrides_replace_values_and_refuse_wrong_paths() -> None:
     text = experiment.override(TEXT, ["teacher.epochs=7", "students.1.recipe.epochs=9", "dataset.root=a/b"])
     found = experiment.load(text)
-    assert (found.teacher.epochs, found.dataset.root) == (7, "a/b")
+    assert (found.every_teacher[0].epochs, found.dataset.root) == (7, "a/b")
     assert experiment.cells(found)[0].students[1].recipe.epochs == 9
     for wrong in ("teacher.epochs", "students.7.net=x", "name.x=1"):
         with pytest.raises(UserError, match="--set"):

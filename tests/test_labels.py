@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from distillery.data.synthetic import Synthetic
 from distillery.device import choose
 from distillery.errors import CorruptArtifact
 from distillery.rng import generator
-from distillery.teacher import Card, Frozen
+from distillery.teacher import Card, Ensemble, Frozen
 from distillery.track import Track
 
 CPU = choose("cpu")
@@ -36,6 +37,15 @@ def teacher(classes: int = 5, side: int = 8) -> Frozen:
     return Frozen(net, card, CPU)
 
 
+def several() -> Ensemble:
+    """Two teachers of one opinion less than two."""
+    first, second = teacher(), teacher()
+    with torch.no_grad():
+        for value in second.net.parameters():
+            value.mul_(-0.5)
+    return Ensemble([first, second])
+
+
 def images(classes: int = 5, ipc: int = 3, side: int = 8) -> Synthetic:
     """Noise, each class a little brighter than the one before."""
     noise = torch.randint(0, 100, (classes * ipc, 3, side, side), generator=generator(0, "synthetic"))
@@ -50,11 +60,16 @@ def one(preset: str = "rded", **changes: Any) -> Student:
 
 
 def relabel(
-    out: Path, students: list[Student], config: LabelConfig, track: Track | None = None, seed: int = 7
+    out: Path,
+    students: list[Student],
+    config: LabelConfig,
+    track: Track | None = None,
+    seed: int = 7,
+    eye: Frozen | None = None,
 ) -> dict[str, Any]:
     """Labels of the toy set."""
     return labels.relabel(
-        students, images(), teacher(), seed=seed, config=config, out=out, track=track or Track.quiet()
+        students, images(), eye or teacher(), seed=seed, config=config, out=out, track=track or Track.quiet()
     )
 
 
@@ -70,6 +85,7 @@ def all_labels(found: labels.Source, recipe: Recipe, seed: int = 7) -> torch.Ten
     return torch.cat([found(e, batches.get(e, s)) for e, s in steps])
 
 
+@pytest.mark.parametrize("eye", [teacher, several])
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
@@ -77,16 +93,19 @@ def all_labels(found: labels.Source, recipe: Recipe, seed: int = 7) -> torch.Ten
         ("sre2lpp", {"batch": 5}),
         ("dwa", {}),
         ("edc", {}),
+        ("gvbsm", {}),
         ("rded", {"views": {"dsa": "color_crop_cutout_flip_scale_rotate", "shuffle_patches": 2}}),
     ],
 )
-def test_stored_and_on_the_fly_give_the_same_student(tmp_path: Path, preset: str, changes: dict[str, Any]) -> None:
+def test_stored_and_on_the_fly_give_the_same_student(
+    tmp_path: Path, preset: str, changes: dict[str, Any], eye: Callable[[], Frozen]
+) -> None:
     choice, outcomes, weights = one(preset, **changes), [], []
     for name, config in (("stored", STORED), ("live", LIVE)):
         folder = tmp_path / name
         folder.mkdir()
-        relabel(folder, [choice], config)
-        found = source(folder, choice)
+        relabel(folder, [choice], config, eye=eye())
+        found = labels.open_source(folder, 0, choice.recipe, images(), eye(), 7)
         weights.append(all_labels(found, choice.recipe))
         outcomes.append(
             student.train(
@@ -95,7 +114,7 @@ def test_stored_and_on_the_fly_give_the_same_student(tmp_path: Path, preset: str
                 choice.recipe,
                 images(),
                 found,
-                teacher(),
+                eye(),
                 (images().images_u8, images().labels),
                 seed=7,
                 compute=CPU,
@@ -199,6 +218,15 @@ def test_teacher_modes() -> None:
         assert train.equal(eye.net(x_norm))
         assert halves.equal(torch.cat([eye.net(x_norm[:4]), eye.net(x_norm[4:])]))
     assert not train.equal(halves)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "bssl"])
+def test_labels_of_several_teachers_are_the_mean_of_each_ones(mode: str) -> None:
+    both, x_norm = several(), torch.randn(7, 3, 8, 8, generator=generator(0, "x"))
+    first, second = (labels.teacher_logits(member, x_norm, mode) for member in both.members)
+    assert not torch.allclose(first, second, atol=0.01)
+    assert labels.teacher_logits(both, x_norm, mode).equal((first + second) / 2)
+    assert not any(module.training for module in both.net.modules())
 
 
 class Killed(Exception):

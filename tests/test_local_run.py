@@ -20,8 +20,9 @@ import components
 from distillery import artifact, run
 from distillery.console import emit
 from pipelines import demo, local_run
+from pipelines.compile import SHARDED
 
-MADE = ("prepare_data", "train_teacher", "synthesize", "relabel", "evaluate_student")
+MADE = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
 EXPERIMENT = """
 name: small
 dataset: {name: digits, per_class: 12}
@@ -63,16 +64,19 @@ def by_hand(folder: Path) -> dict[str, Path]:
     """The components' Python functions, called one after the other as anybody could."""
     at = {step: folder / step for step in MADE}
     folder.mkdir()
-    (cell,) = components.plan.python_func(EXPERIMENT, str(folder / "upstream"))
-    upstream = (folder / "upstream").read_text()
+    (cell,) = components.plan.python_func(EXPERIMENT, str(folder / "upstream"), str(folder / "gathering"))
+    gathering = (folder / "gathering").read_text()
+    (wanted,) = components.plan_teachers.python_func(gathering)
     data, teacher = dsl.Dataset(uri=str(at["prepare_data"])), dsl.Model(uri=str(at["train_teacher"]))
+    teachers = dsl.Model(uri=str(at["gather_teachers"]))
     made, labels = dsl.Dataset(uri=str(at["synthesize"])), dsl.Artifact(uri=str(at["relabel"]))
     result, metrics = dsl.Artifact(uri=str(at["evaluate_student"])), dsl.Metrics()
-    components.prepare_data.python_func(upstream, data)
-    components.train_teacher.python_func(upstream, data, teacher)
-    components.synthesize.python_func(cell, data, teacher, made)
-    components.relabel.python_func(cell, made, teacher, labels)
-    components.evaluate_student.python_func(cell, data, teacher, made, labels, result, metrics)
+    components.prepare_data.python_func((folder / "upstream").read_text(), data)
+    components.train_teacher.python_func(wanted, data, teacher)
+    components.gather_teachers.python_func(gathering, data, [teacher], teachers)
+    components.synthesize.python_func(cell, data, teachers, made)
+    components.relabel.python_func(cell, made, teachers, labels)
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
     assert metrics.metadata["acc_last_0_convnet1_fair_soft_epochs_3"] > 0
     return at
 
@@ -104,6 +108,43 @@ def test_kfp_the_runner_and_plain_calls_make_equal_artifacts(tmp_path: Path, one
     assert "<html" in (tmp_path / "kfp" / "report.html").read_text()
     assert "Traceback" not in shown.stdout + shown.stderr
     assert not shown.stderr
+
+
+SHARDS = """
+name: small
+dataset: {name: digits, per_class: 12}
+teachers:
+  - {net: convnet1, net_options: {width: 8}, epochs: 2, batch: 32}
+  - {name: other, net: convnet1, net_options: {width: 4}, epochs: 1, batch: 32}
+methods:
+  - {method: rded, ipc: [2], options: {mipc: 12}, shards: 3, teachers: [other]}
+  - {method: random, ipc: [1], teachers: [other, convnet1]}
+students:
+  - {net: convnet1, net_options: {width: 8}, recipe: {preset: fair-soft, epochs: 2}}
+device: cpu
+"""
+
+
+def all_prints(path: Path) -> set[tuple[str, str, str]]:
+    """(step, cell, fingerprint) of everything that was finished, but the pieces, which exist only with shards."""
+    found = [e for e in map(json.loads, path.read_text().splitlines()) if e.get("status") == "finished"]
+    made = [e for e in found if e["step"] in MADE]
+    return {(e["step"], e.get("cell", ""), artifact.read(Path(e["path"])).fingerprint) for e in made}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shards_through_kfp_equal_the_runner_with_and_without(tmp_path: Path, one_thread: None) -> None:
+    log, said = tmp_path / "log", tmp_path / "events"
+    child = local_run.start(SHARDED, tmp_path / "kfp", {"experiment": SHARDS}, said, log)
+    assert child.wait(timeout=850) == 0, log.read_text()[-3000:]
+    with_kfp = all_prints(said)
+    assert sum(1 for step, _, _ in with_kfp if step == "train_teacher") == 2
+    assert sum(1 for step, _, _ in with_kfp if step == "synthesize") == 2
+    assert log.read_text().count("piece 3 of 3: ") == 1
+    for name, text in (("sharded", SHARDS), ("whole", SHARDS.replace("shards: 3, ", ""))):
+        assert run.run(text, str(tmp_path / name)).failures == []
+        assert all_prints(tmp_path / name / "log.jsonl") == with_kfp
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The compiled package: what is committed is what the source says, and every pod gets what it must have."""
+"""The compiled packages: what is committed is what the source says, and every pod gets what it must have."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +9,39 @@ import pytest
 import components
 from distillery.config import Cell
 from pipelines import resources
-from pipelines.compile import PACKAGE, compile_to, documents, main
+from pipelines.compile import PACKAGE, SHARDED, compile_to, documents, main
 
 STEPS = [name for name in components.__all__ if name != "IMAGE"]
-CELL = ("synthesize", "relabel", "evaluate_student")
-LONG = ("prepare_data", "train_teacher", *CELL)
+PIECES = ("plan_pieces", "synthesize_piece", "bundle_pieces", "gather_pieces")  # only in the sharded one
+CELL = ("synthesize", "synthesize_piece", "gather_pieces", "relabel", "evaluate_student")
+TEACHERS = ("train_teacher", "gather_teachers")
+LONG = ("prepare_data", *TEACHERS, *CELL, "bundle_pieces")
+OWN = {"prepare_data": "data_", "gather_teachers": "teacher_"}  # prefix of the parameters in the root
+PLAIN = {"train_teacher": "teacher", "synthesize": "cell", "relabel": "cell", "evaluate_student": "cell"}
+INNER = {
+    PACKAGE: PLAIN,
+    SHARDED: {"train_teacher": "teacher", "synthesize_piece": "piece"}
+    | dict.fromkeys(("gather_pieces", "relabel", "evaluate_student"), "sharded-cell"),
+}  # the inner pipeline in which a step stands; all others stand in the root
+
+
+@pytest.fixture(scope="module", params=[PACKAGE, SHARDED], ids=["distill", "sharded"])
+def path(request: pytest.FixtureRequest) -> Path:
+    """A committed package."""
+    found: Path = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def package() -> list[Any]:
-    """The committed package: specification and Kubernetes settings."""
-    return documents(PACKAGE)
+def package(path: Path) -> list[Any]:
+    """Its specification and Kubernetes settings."""
+    return documents(path)
+
+
+@pytest.fixture(scope="module")
+def steps(path: Path) -> list[str]:
+    """Its steps in flow order."""
+    return [name for name in STEPS if (name != "synthesize" if path == SHARDED else name not in PIECES)]
 
 
 def dash(name: str) -> str:
@@ -53,17 +75,17 @@ def task(package: list[Any], name: str) -> dict[str, Any]:
     return found
 
 
-def test_committed_package_is_what_the_source_compiles_to(tmp_path: Path, package: list[Any]) -> None:
-    fresh = documents(compile_to(tmp_path / "fresh.yaml"))
+def test_committed_package_is_what_the_source_compiles_to(tmp_path: Path, path: Path, package: list[Any]) -> None:
+    fresh = documents(compile_to(tmp_path / "fresh.yaml", path))
     assert len(fresh) == 2
-    assert fresh == package, "run `make compile` and commit pipelines/distill_pipeline.yaml"
+    assert fresh == package, f"run `make compile` and commit {path}"
 
 
-def test_compiling_again_leaves_the_committed_file_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    before = PACKAGE.read_bytes()
+def test_compiling_again_leaves_the_committed_files_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    before = PACKAGE.read_bytes(), SHARDED.read_bytes()
     main()
-    assert "up to date" in capsys.readouterr().out
-    assert PACKAGE.read_bytes() == before
+    assert capsys.readouterr().out.count("up to date") == 2
+    assert (PACKAGE.read_bytes(), SHARDED.read_bytes()) == before
     assert not list(PACKAGE.parent.glob("*.part.yaml"))
 
 
@@ -88,26 +110,47 @@ def test_every_parameter_has_a_default_and_recurring_runs_can_send_strings(packa
     assert others == {"tolerations": "LIST", "node_selector": "STRUCT"}, "Kubernetes' own shapes"
 
 
-def test_dag_is_the_flow(package: list[Any]) -> None:
-    places = {name: where for where, name, _ in tasks(package) if name.replace("-", "_") in STEPS}
-    assert list(map(dash, STEPS)) == sorted(places, key=lambda name: STEPS.index(name.replace("-", "_")))
-    assert {places[dash(name)] for name in CELL} == {"comp-cell"}
-    assert {places[dash(name)] for name in STEPS if name not in CELL} == {"root"}
-    source = task(package, "report")["inputs"]["artifacts"]["results"]["taskOutputArtifact"]
-    assert source["producerTask"].startswith("for-loop")
+def test_both_packages_take_the_same_parameters() -> None:
+    one, other = (documents(p)[0]["root"]["inputDefinitions"]["parameters"] for p in (PACKAGE, SHARDED))
+    assert one == other
+
+
+def made_by(package: list[Any], name: str, artifact: str) -> str:
+    """The task whose artifact a step takes."""
+    source = task(package, name)["inputs"]["artifacts"][artifact]
+    return str(source["taskOutputArtifact"]["producerTask"])
+
+
+def test_dag_is_the_flow(path: Path, package: list[Any], steps: list[str]) -> None:
+    found = [(name, where) for where, name, _ in tasks(package) if name.replace("-", "_") in STEPS]
+    inner = {name: f"comp-{inner}" for name, inner in INNER[path].items()}
+    assert dict(found) == {dash(name): inner.get(name, "root") for name in steps}
+    assert len(found) == len(steps)
+    assert made_by(package, "gather_teachers", "models").startswith("for-loop")
+    assert made_by(package, "report", "results").startswith("for-loop")
+    assert made_by(package, "report", "results") != made_by(package, "gather_teachers", "models")
     failures = task(package, "verdict")["inputs"]["parameters"]["failures"]["taskOutputParameter"]
     assert failures == {"producerTask": "report", "outputParameterKey": "Output"}
-    for name in ("prepare_data", "train_teacher"):
+    early = {"prepare_data": "upstream", "plan_teachers": "gathering", "gather_teachers": "gathering"}
+    for name, text in early.items():
         experiment = task(package, name)["inputs"]["parameters"]["experiment"]["taskOutputParameter"]
-        assert experiment == {"producerTask": "plan", "outputParameterKey": "upstream"}, "not the whole experiment"
+        assert experiment == {"producerTask": "plan", "outputParameterKey": text}, "not the whole experiment"
 
 
-def test_one_flat_loop_and_no_conditions(package: list[Any]) -> None:
-    loops = [
-        (where, name, t) for where, name, t in tasks(package) if "parameterIterator" in t or "artifactIterator" in t
-    ]
-    assert [where for where, _, _ in loops] == ["root"]
-    assert loops[0][2]["iteratorPolicy"]["parallelismLimit"] == resources.CELLS_AT_ONCE
+def test_pieces_are_bundled_between_two_loops() -> None:
+    package = documents(SHARDED)
+    assert made_by(package, "bundle_pieces", "made").startswith("for-loop")
+    (inner,) = [t for _, name, t in tasks(package) if name == "sharded-cell"]
+    assert inner["inputs"]["artifacts"]["pieces"] == {"componentInputArtifact": "pipelinechannel--bundle-pieces-pieces"}
+    cells = task(package, "plan_pieces")["inputs"]["parameters"]["cells"]["taskOutputParameter"]
+    assert cells == {"producerTask": "plan", "outputParameterKey": "Output"}
+
+
+def test_flat_loops_over_the_whole_items_and_no_conditions(path: Path, package: list[Any]) -> None:
+    found = [t for _, _, t in tasks(package) if "parameterIterator" in t or "artifactIterator" in t]
+    limits = sorted(t["iteratorPolicy"]["parallelismLimit"] for t in found)
+    assert limits == [resources.CELLS_AT_ONCE] * 2 + [resources.PIECES_AT_ONCE] * (path == SHARDED)
+    assert [where for where, _, t in tasks(package) if "parameterIterator" in t] == ["root"] * len(found)
     assert not [name for _, name, t in tasks(package) if "triggerPolicy" in t]
 
 
@@ -119,65 +162,71 @@ def test_every_component_has_its_row() -> None:
     assert list(resources.NEEDS) == STEPS
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_image_and_limits_are_parameters(package: list[Any], name: str) -> None:
-    spec, inputs, need = container(package, name), task(package, name)["inputs"]["parameters"], resources.NEEDS[name]
-    assert spec["image"] == "{{$.inputs.parameters['pipelinechannel--image']}}"
-    limits = spec["resources"]
-    assert limits["resourceCpuLimit"]
-    assert limits["resourceMemoryLimit"]
-    own = {"prepare_data": "data_", "train_teacher": "teacher_"}.get(name, "" if name in CELL else None)
-    if own is None:
-        assert (limits["resourceCpuLimit"], limits["resourceMemoryLimit"]) == (need.cpu, need.memory)
-    else:
-        assert {f"pipelinechannel--{own}cpu", f"pipelinechannel--{own}memory"} <= set(inputs)
-    if name in (*CELL, "train_teacher"):
-        gpus = limits["accelerator"]
-        assert gpus["resourceType"] == "{{$.inputs.parameters['pipelinechannel--gpu_type']}}"
-        assert gpus["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{own}gpus']}}}}"
-    else:
-        assert "accelerator" not in limits
+def test_image_and_limits_are_parameters(path: Path, package: list[Any], steps: list[str]) -> None:
+    for name in steps:
+        spec, inputs, need = (
+            container(package, name),
+            task(package, name)["inputs"]["parameters"],
+            resources.NEEDS[name],
+        )
+        assert spec["image"] == "{{$.inputs.parameters['pipelinechannel--image']}}"
+        limits = spec["resources"]
+        assert limits["resourceCpuLimit"]
+        assert limits["resourceMemoryLimit"]
+        own = OWN.get(name, "" if name in INNER[path] else None)
+        if own is None:
+            assert (limits["resourceCpuLimit"], limits["resourceMemoryLimit"]) == (need.cpu, need.memory)
+        else:
+            assert {f"pipelinechannel--{own}cpu", f"pipelinechannel--{own}memory"} <= set(inputs)
+        if name in (*CELL, *TEACHERS):
+            gpus = limits["accelerator"]
+            assert gpus["resourceType"] == "{{$.inputs.parameters['pipelinechannel--gpu_type']}}"
+            assert gpus["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{own}gpus']}}}}"
+        else:
+            assert "accelerator" not in limits
 
 
-def test_each_cell_brings_its_own_resources(package: list[Any]) -> None:
-    (inner,) = [t for _, name, t in tasks(package) if name == "cell"]
+def test_each_cell_and_piece_brings_its_own_resources(path: Path, package: list[Any]) -> None:
+    inner = [t for _, name, t in tasks(package) if name in set(INNER[path].values()) - {"teacher"}]
+    assert len(inner) == (2 if path == SHARDED else 1)
     for name in ("cpu", "memory", "gpus"):
-        expression = inner["inputs"]["parameters"][name]["parameterExpressionSelector"]
-        assert expression == f'parseJson(string_value)["{name}"]'
+        for each in inner:
+            expression = each["inputs"]["parameters"][name]["parameterExpressionSelector"]
+            assert expression == f'parseJson(string_value)["{name}"]'
     assert {"cpu", "memory", "gpus"} <= set(Cell.model_fields)
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_pod_has_memory_home_user_place_and_deadline(package: list[Any], name: str) -> None:
-    settings, need = pod(package, name), resources.NEEDS[name]
-    (shm,) = settings["emptyDirMounts"]
-    assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", need.shm)
-    assert int(settings["activeDeadlineSeconds"]) == need.deadline > 0
-    assert settings["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
-    (secret,) = settings["secretAsEnv"]
-    assert secret["optional"] is True
-    assert secret["secretNameParameter"] == {"componentInputParameter": "s3_secret"}
-    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {each["envVar"] for each in secret["keyToEnv"]}
-    assert settings["tolerations"] == [{"tolerationJson": {"componentInputParameter": "tolerations"}}]
-    assert settings["nodeSelector"] == {"nodeSelectorJson": {"componentInputParameter": "node_selector"}}
-    places = {each["name"]: each["value"] for each in container(package, name)["env"]}
-    assert set(places) == {"HOME", "XDG_CACHE_HOME", "TORCH_HOME", "MPLCONFIGDIR"}
-    assert all(place.startswith("/tmp") for place in places.values())
+def test_pod_has_memory_home_user_place_and_deadline(package: list[Any], steps: list[str]) -> None:
+    for name in steps:
+        settings, need = pod(package, name), resources.NEEDS[name]
+        (shm,) = settings["emptyDirMounts"]
+        assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", need.shm)
+        assert int(settings["activeDeadlineSeconds"]) == need.deadline > 0
+        assert settings["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
+        (secret,) = settings["secretAsEnv"]
+        assert secret["optional"] is True
+        assert secret["secretNameParameter"] == {"componentInputParameter": "s3_secret"}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= {each["envVar"] for each in secret["keyToEnv"]}
+        assert settings["tolerations"] == [{"tolerationJson": {"componentInputParameter": "tolerations"}}]
+        assert settings["nodeSelector"] == {"nodeSelectorJson": {"componentInputParameter": "node_selector"}}
+        places = {each["name"]: each["value"] for each in container(package, name)["env"]}
+        assert set(places) == {"HOME", "XDG_CACHE_HOME", "TORCH_HOME", "MPLCONFIGDIR"}
+        assert all(place.startswith("/tmp") for place in places.values())
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_caching_follows_the_table(package: list[Any], name: str) -> None:
-    assert task(package, name)["cachingOptions"].get("enableCache", False) is resources.NEEDS[name].cached
-    assert resources.NEEDS[name].cached is (name in LONG)
+def test_caching_follows_the_table(package: list[Any], steps: list[str]) -> None:
+    for name in steps:
+        assert task(package, name)["cachingOptions"].get("enableCache", False) is resources.NEEDS[name].cached
+        assert resources.NEEDS[name].cached is (name in LONG)
 
 
-def test_cached_failures_have_a_way_out(package: list[Any]) -> None:
-    for name in CELL:
+def test_cached_failures_have_a_way_out(package: list[Any], steps: list[str]) -> None:
+    for name in set(CELL) & set(steps):
         assert task(package, name)["inputs"]["parameters"]["attempt"] == {"componentInputParameter": "attempt"}
 
 
-def test_package_fits_the_api_and_names_no_machine() -> None:
-    text = PACKAGE.read_text(encoding="utf-8")
+def test_package_fits_the_api_and_names_no_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert len(text) < 200_000, "Argo keeps a workflow in about one megabyte"
-    assert str(PACKAGE.parent.parent) not in text
+    assert str(path.parent.parent) not in text
     assert "pip install" not in text

@@ -33,7 +33,7 @@ def cell(method: str, seed: int = 0, ipc: int = 10, students: tuple[Any, ...] = 
         "id": f"{method}-ipc{ipc}-seed{seed}-{len(options)}{options.get('factor', '')}",
         "name": "toy",
         "dataset": {"name": "digits"},
-        "teacher": {"net": "convnet3"},
+        "teachers": ["convnet3"],
         "method": method,
         "ipc": ipc,
         "seed": seed,

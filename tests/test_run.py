@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_every_artifact_and_a_report(finished: Path) -> None:
     kinds = [artifact.read(path.parent).kind for path in finished.glob("[1-5]-*/*/manifest.json")]
-    assert sorted(kinds) == sorted(["dataset", "teacher", *["synthetic", "labels", "result"] * 2])
+    assert sorted(kinds) == sorted(["dataset", "teacher", "teachers", *["synthetic", "labels", "result"] * 2])
     assert {"results.csv", "report.md", "report.html"} <= {p.name for p in (finished / "6-report").iterdir()}
 
 
@@ -152,5 +152,82 @@ def test_stop_on_failure_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_events_are_json_lines_with_every_step(finished: Path) -> None:
     events = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     ended = [e["step"] for e in events if e["event"] == "step" and e["status"] == "finished"]
-    assert ended[:2] == ["prepare_data", "train_teacher"]
+    assert ended[:3] == ["prepare_data", "train_teacher", "gather_teachers"]
     assert ended.count("synthesize") == 2
+
+
+TEACHERS = """
+name: toy
+dataset: {name: digits, per_class: 10}
+teachers:
+  - {net: convnet2, net_options: {width: 8}, epochs: 2, batch: 50, flip: 0.0, lr: 0.05}
+  - {name: small, net: convnet1, net_options: {width: 4}, epochs: 1, batch: 50, flip: 0.0, lr: 0.05}
+methods:
+  - {method: median, ipc: [1]}
+  - {method: random, ipc: [1], teachers: [small, convnet2]}
+students:
+  - {net: convnet1, net_options: {width: 4}, recipe: {preset: sre2lpp, epochs: 2}}
+"""
+THIRD = TEACHERS.replace("teachers:\n", "teachers:\n  - {name: third, net: convnet1, epochs: 1, batch: 50}\n", 1)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with two teachers."""
+    out = tmp_path_factory.mktemp("taught")
+    assert run.run(TEACHERS, str(out)).failures == []
+    return out
+
+
+def gathered(out: Path) -> Path:
+    """The two teachers side by side."""
+    (found,) = (p.parent for p in out.glob("2-teachers/all-*/manifest.json") if "third" not in p.read_text())
+    return found
+
+
+def test_each_cell_uses_its_own_teachers(taught: Path) -> None:
+    results = {path.parent.name[:6]: json.loads(path.read_text()) for path in taught.glob("5-students/*/result.json")}
+    cards = {path.parent.name: json.loads(path.read_text()) for path in gathered(taught).glob("*/teacher.json")}
+    accuracy = {name: card["accuracy"] for name, card in cards.items()}
+    assert results["median"]["teacher"] == {"net": "convnet2", "accuracy": accuracy["convnet2"]}
+    both = {"net": "convnet1+convnet2", "accuracy": (accuracy["small"] + accuracy["convnet2"]) / 2}
+    assert results["random"]["teacher"] == both
+    assert "convnet1+convnet2" in (taught / "6-report" / "report.md").read_text()
+
+
+def test_another_teacher_leaves_the_others_and_their_cells(taught: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in taught.glob("[1-5]-*/*/manifest.json")}
+    assert run.run(THIRD.replace("method: median", "method: median, teachers: [small]"), str(taught)).failures == []
+    after = {p: p.stat().st_mtime_ns for p in taught.glob("[1-5]-*/*/manifest.json")}
+    assert {p: after[p] for p in before} == before
+    new = sorted(path.parent.relative_to(taught).as_posix().split("-")[1] for path in after.keys() - before.keys())
+    assert new == ["labels/median", "students/median", "synthetic/median", "teachers/all", "teachers/third"]
+
+
+def test_statistics_are_gathered_for_the_teachers_of_methods_that_ask(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not list(taught.rglob("statistics.safetensors"))
+    needs = steps.methods.Needs(teacher=True, gpu=False, several=True, statistics=("class_bn",))
+    monkeypatch.setattr(steps.methods.find("median"), "NEEDS", needs)
+    text = THIRD.replace("method: median", "method: median, teachers: [small, convnet2]")
+    (data,) = taught.glob("1-data/*")
+    folders = {name: gathered(taught) / name for name in ("small", "convnet2")} | {"third": tmp_path / "third"}
+    steps.train_teacher(text, "third", data, folders["third"])
+    made = steps.gather_teachers(text, data, folders, tmp_path / "all")
+    assert made.config["statistics"] == {"teachers": ["convnet2", "small"], "kinds": ["class_bn"]}
+    found = sorted(path.parent.name for path in (tmp_path / "all").rglob("statistics.safetensors"))
+    assert found == ["convnet2", "small"]
+    (cell, other) = steps.plan(text)
+    assert cell["teachers"] == ["small", "convnet2"]
+    assert steps.synthetic_spec(cell, data, tmp_path / "all").sources["teachers"].fingerprint == made.fingerprint
+    assert set(steps.synthetic_spec(other, data, tmp_path / "all").inputs) == {"data", "teacher-0", "teacher-1"}
+
+
+def test_a_teacher_under_anothers_name_is_refused(taught: Path, tmp_path: Path) -> None:
+    (data,), right = taught.glob("1-data/*"), gathered(taught)
+    wrong = {"small": right / "convnet2", "convnet2": right / "small"}
+    with pytest.raises(UserError, match="holds another teacher than the experiment's 'small'"):
+        steps.gather_teachers(TEACHERS, data, wrong, tmp_path / "out")
+    with pytest.raises(UserError, match="expected the teachers convnet2, small, got small"):
+        steps.gather_teachers(TEACHERS, data, {"small": right / "small"}, tmp_path / "out")

@@ -1,6 +1,7 @@
 """Students: losses by their formulas, the loop against a written-out one, resume bit for bit, honest accuracies."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from distillery.data.augment import evaluation_view
 from distillery.data.batches import Batch, Batches
 from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose
-from distillery.errors import NonFiniteLoss
+from distillery.errors import CorruptArtifact, NonFiniteLoss
 from distillery.rng import derived_seed, generator
 from distillery.student import Outcome, evaluation_epochs, loss_of
 from distillery.teacher import Card, Frozen
@@ -59,13 +60,14 @@ def train(
     seed: int = 3,
     source: labels.Source | None = None,
     compute: Compute = CPU,
+    images: Synthetic | None = None,
 ) -> Outcome:
     """One toy student."""
     return student.train(
         net,
         {"width": 8} if net.startswith("convnet") else {},
         wanted,
-        Synthetic(*labelled(3)),
+        images or Synthetic(*labelled(3)),
         source or labels.on_the_fly(teacher(compute), wanted.teacher_mode),
         teacher(compute),
         labelled(10, "validation"),
@@ -153,6 +155,52 @@ def test_losses_follow_their_formulas() -> None:
     hard = recipe("fair-hard")
     assert float(loss_of(hard, z, None, batch_of())) == pytest.approx(float(own))
     assert float(loss_of(hard, z, None, batch_of(0.3))) == pytest.approx(float(0.3 * own + 0.7 * partner))
+
+
+@pytest.mark.parametrize("preset", ["rded", "gvbsm", "fair-hard"])
+@pytest.mark.parametrize("own", [1.0, 0.3])
+def test_a_weighted_loss_is_the_weighted_mean_of_each_images_loss(preset: str, own: float) -> None:
+    """In float64, mixed images included: what counts is the weight of the image itself."""
+    wanted, weights = recipe(preset), torch.tensor([0.25, 1.75], dtype=torch.float64)
+    z, t = (torch.randn(2, 3, dtype=torch.float64, generator=generator(0, name)) for name in "zt")
+    whole = batch_of(own)
+    each = [replace(whole, targets=whole.targets[i : i + 1], partners=whole.partners[i : i + 1]) for i in range(2)]
+    alone = torch.stack([loss_of(wanted, z[i : i + 1], t[i : i + 1], each[i]) for i in range(2)])
+    found = loss_of(wanted, z, t, replace(whole, weights=weights))
+    assert found.item() == pytest.approx(float((weights * alone).sum() / 2), rel=1e-12)
+    assert found.item() != pytest.approx(float(loss_of(wanted, z, t, whole)), rel=1e-3)
+    assert loss_of(wanted, z, t, whole).item() == pytest.approx(float(alone.mean()), rel=1e-12)
+
+
+def test_weights_follow_their_images_into_the_batches() -> None:
+    images_u8, targets = labelled(3)
+    weights = torch.arange(12.0) / 5.5
+    run = Batches(images_u8, targets, recipe(), 3, NORM, CPU, weights)
+    for step in range(3):
+        batch = run.get(1, step)
+        assert batch.weights is not None
+        assert batch.weights.equal(weights[run.order(1)[batch.part]])
+
+
+def weighted(*weights: float) -> Synthetic:
+    """The toy set whose classes all have these weights."""
+    images_u8, targets = labelled(3)
+    return Synthetic(images_u8, targets, {"weights": torch.tensor(weights).repeat(CLASSES)})
+
+
+@pytest.mark.parametrize("preset", ["rded", "gvbsm", "fair-hard"])
+def test_weights_of_one_change_no_bit_and_others_do(preset: str) -> None:
+    wanted = recipe(preset, evaluate_every=2)
+    plain = train(wanted)
+    assert train(wanted, images=weighted(1.0, 1.0, 1.0)) == plain
+    other = train(wanted, images=weighted(0.5, 0.5, 2.0))
+    assert [point[2] for point in other.curve] != [point[2] for point in plain.curve]
+
+
+@pytest.mark.parametrize("bad", [(1.0,), (1.0, -1.0, 3.0), (1.0, float("nan"), 1.0)])
+def test_weights_that_are_none_are_refused(bad: tuple[float, ...]) -> None:
+    with pytest.raises(CorruptArtifact, match="weights .* for each of 12 images; synthesize it again"):
+        train(recipe(), images=weighted(*bad) if len(bad) == 3 else weighted(2.0, *bad))
 
 
 class Killed(Exception):

@@ -1,12 +1,14 @@
-"""The teacher: learns, resumes bit for bit, passes its gate or is refused, takes given weights in any class order."""
+"""Teachers: one learns, resumes bit for bit, passes its gate or not, takes given weights; several stand as one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distillery import nets, teacher
 from distillery.config import TeacherConfig
@@ -130,3 +132,60 @@ def test_save_and_load_give_the_same_teacher(tmp_path: Path) -> None:
     (tmp_path / "teacher.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match="teacher.json"):
         teacher.load(tmp_path, CPU)
+
+
+def pair(tmp_path: Path) -> list[tuple[nn.Module, teacher.Card]]:
+    """Two teachers saved side by side, as in a "teachers" artifact."""
+    made = []
+    for name, depth in (("a", 2), ("b", 1)):
+        cfg = TeacherConfig(**SMALL | {"net": f"convnet{depth}", "epochs": 1})
+        made.append(teacher.make(cfg, stripes(), CPU, Track.quiet()))
+        (tmp_path / name).mkdir()
+        teacher.save(tmp_path / name, *made[-1])
+    teacher.save_statistics(tmp_path / "b", {"class_bn/mean": torch.arange(3.0)})
+    return made
+
+
+def test_several_teachers_are_the_mean_of_their_logits(tmp_path: Path) -> None:
+    (first, one), (second, two) = pair(tmp_path)
+    both = teacher.load(tmp_path, CPU, ("a", "b"))
+    x_norm = torch.randn(5, 3, 8, 8, generator=generator("x")).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = (first.eval()(x_norm) + second.eval()(x_norm)) / 2
+    assert torch.equal(both.logits(x_norm), expected)
+    assert [member.card.net for member in both.members] == ["convnet2", "convnet1"]
+    assert both.card.net == "convnet2+convnet1"
+    assert both.card.accuracy == (one.accuracy + two.accuracy) / 2
+    assert len(both.card.per_class) == 3
+    assert (both.size, both.mean, both.std) == (8, tuple(one.mean), tuple(one.std))
+    assert not any(p.requires_grad for p in both.net.parameters())
+    with pytest.raises(NotImplementedError):
+        both.net(x_norm)  # there is no such net: a method that wants one gets its members
+
+
+def test_load_takes_the_named_ones_with_their_statistics(tmp_path: Path) -> None:
+    pair(tmp_path)
+    alone = teacher.load(tmp_path, CPU, ("b",))
+    assert alone.members == (alone,)
+    assert alone.statistics["class_bn/mean"].tolist() == [0, 1, 2]
+    assert teacher.load(tmp_path, CPU, ("a",)).statistics == {}
+    assert "class_bn/mean" in teacher.load(tmp_path, CPU, ("a", "b")).members[1].statistics
+    (tmp_path / "b" / "statistics.safetensors").write_bytes(b"no")
+    with pytest.raises(CorruptArtifact, match=r"statistics\.safetensors.*gather the teachers again"):
+        teacher.load(tmp_path, CPU, ("b",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ["red", "blue", "green"]}, "a and b differ in classes: .*'green', 'blue'.*'blue', 'green'"),
+        ({"size": 16}, "a and b differ in size: 8 and 16"),
+        ({"mean": [0.1, 0.2, 0.3]}, r"a and b differ in mean: .*0\.5.* and .*0\.1"),
+        ({"std": [0.1, 0.2, 0.3]}, "a and b differ in std"),
+    ],
+)
+def test_teachers_that_disagree_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    (_, one), (_, two) = pair(tmp_path)
+    teacher.agree({"a": one, "b": two})
+    with pytest.raises(UserError, match=said):
+        teacher.agree({"a": one, "b": replace(two, **changes)})

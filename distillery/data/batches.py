@@ -35,6 +35,7 @@ class Batch:
         targets: [B] classes of the images.
         partners: [B] classes of the images mixed into them (the same where nothing is mixed).
         own: share of the image itself in its view.
+        weights: [B] how much each image counts in the loss (a mixed view counts as its image); None = all the same.
     """
 
     part: slice
@@ -42,6 +43,7 @@ class Batch:
     targets: Tensor
     partners: Tensor
     own: float
+    weights: Tensor | None = None
 
 
 def slices(n: int, batch: int) -> list[slice]:
@@ -55,9 +57,17 @@ class Batches:
     """All batches of one student run over a set that stays on the device as uint8."""
 
     def __init__(
-        self, images_u8: Tensor, labels: Tensor, recipe: Recipe, seed: int, norm: Norm, compute: Compute
+        self,
+        images_u8: Tensor,
+        labels: Tensor,
+        recipe: Recipe,
+        seed: int,
+        norm: Norm,
+        compute: Compute,
+        weights: Tensor | None = None,
     ) -> None:
         self._images_u8, self._labels = compute.images(images_u8), labels.to(compute.device)
+        self._weights = None if weights is None else weights.to(compute.device)
         self._policy, self._seed, self._norm = recipe.views, seed, norm
         self.slices = slices(len(labels), recipe.batch)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -77,4 +87,5 @@ class Batches:
         x_norm = augment.apply(self._policy, self._images_u8[index], views, *self._norm)
         targets = self._labels[index]
         mixed = targets[views.partner.to(targets.device)] if views.partner.numel() else targets
-        return Batch(part, x_norm, targets, mixed, views.own)
+        weights = None if self._weights is None else self._weights[index]
+        return Batch(part, x_norm, targets, mixed, views.own, weights)

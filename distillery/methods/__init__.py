@@ -29,11 +29,13 @@ and holds to this:
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from distillery.config import Options, parse
 from distillery.errors import UserError, choices, nearest
-from distillery.methods import cda, delt, dwa, median, random_real, rded, sre2l, sre2lpp, wmdd
+from distillery.methods import cda, delt, dwa, gvbsm, median, random_real, rded, sre2l, sre2lpp, wmdd
 from distillery.methods._contract import Group, Method, Needs, Teacher, classwise, in_order
 
 METHODS: dict[str, Method] = {
@@ -45,6 +47,7 @@ METHODS: dict[str, Method] = {
     "sre2lpp": sre2lpp,
     "dwa": dwa,
     "delt": delt,
+    "gvbsm": gvbsm,
     "wmdd": wmdd,
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "Teacher",
     "classwise",
     "config_of",
+    "cut",
     "find",
     "in_order",
     "module_name",
@@ -88,3 +92,18 @@ def config_of(name: str, options: dict[str, Any], dataset: str, ipc: int) -> Opt
     method = find(name)
     merged = {**method.RECIPES.get((dataset, 0), {}), **method.RECIPES.get((dataset, ipc), {}), **options}
     return parse(method.Config, merged, f"options of {name}")
+
+
+def cut(name: str, groups: Sequence[Group], shards: int) -> list[list[Group]]:
+    """A method's groups in `shards` runs of consecutive ones, whose lengths differ by at most one.
+
+    Raises:
+        UserError: fewer groups than shards.
+    """
+    if shards > len(groups):
+        raise UserError(
+            f"shards {shards}: {name} makes these images in {len(groups)} groups, and a group is the smallest part "
+            f"that can be made alone; lower shards to at most {len(groups)}"
+        )
+    bounds = [shard * len(groups) // shards for shard in range(shards + 1)]
+    return [list(groups[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -15,7 +15,7 @@ Legend: K segments of equal size, in order along the batch; B images; C channels
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,8 +36,8 @@ class Tap(Protocol):
     values: Tensor
     state: dict[str, Tensor]
 
-    def pull(self, x: Tensor, segments: int) -> Tensor:
-        """x itself, with the loss's gradient added on the way back; sets `values`."""
+    def pull(self, x: Tensor, segments: int, step: int = 0) -> Tensor:
+        """x itself at an iteration, with the loss's gradient added on the way back; sets `values`."""
 
 
 @dataclass
@@ -51,6 +51,7 @@ class MomentTap:
         ema: alpha of a running average of the statistics (G-VBSM), which is what is compared; 0 compares the batch's
             own. The gradient is always the batch's own.
         ema_from_zero: start the average at 0, as G-VBSM's code does, and not at the first value.
+        skips: iterations at which the tap does nothing, its average included (G-VBSM).
     """
 
     module: nn.Module
@@ -60,21 +61,32 @@ class MomentTap:
     weight_var: float
     ema: float = 0.0
     ema_from_zero: bool = False
+    skips: Collection[int] = ()
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def pull(self, x: Tensor, segments: int) -> Tensor:
+    def pull(self, x: Tensor, segments: int, step: int = 0) -> Tensor:
         """See `Tap`."""
-        mean, var = moments(x.detach(), segments)
+        if step in self.skips:
+            self.values = torch.zeros(segments, device=x.device, dtype=_wide(x.dtype))
+            return x
+        mean, var, elements = self.measure(x.detach(), segments)
         held_mean, held_var = self._held("mean", mean), self._held("var", var)
-        elements = x[0, 0].numel() * (len(x) // segments)
         to_mean, far_mean = direction(held_mean - self.mean)
         to_var, far_var = direction(held_var - self.var)
         slope = to_var * (2 * self.weight_var / elements)
         offset = to_mean * (self.weight / elements) - slope * mean
         self.values = self.weight * far_mean + self.weight_var * far_var
-        pulled: Tensor = Affine.apply(x, offset, slope)
-        return pulled
+        return self.push(x, offset, slope)
+
+    def measure(self, x: Tensor, segments: int) -> tuple[Tensor, Tensor, int]:
+        """The means and the variances [K, C] that are matched, and of how many elements each one is."""
+        return *moments(x, segments), x[0, 0].numel() * (len(x) // segments)
+
+    def push(self, x: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+        """x itself; on the way back the gradient of what was measured is added: offset + slope * x."""
+        pushed: Tensor = Affine.apply(x, offset, slope)
+        return pushed
 
     def _held(self, name: str, now: Tensor) -> Tensor:
         if not self.ema:
@@ -111,14 +123,17 @@ def moments(x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
 
     Each segment is reduced by itself, in the same order however many share the batch.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    channels = x.shape[1]
+    wide, channels = _wide(x.dtype), x.shape[1]
     found = []
     for part in x.chunk(segments):
         scratch = torch.zeros(2, channels, device=x.device, dtype=wide)  # running buffers that nobody reads
         found.append(torch.batch_norm_update_stats(part, scratch[0], scratch[1], 1.0))
     mean, var = zip(*found, strict=True)
     return torch.stack(mean), torch.stack(var)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def direction(difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,15 +179,15 @@ def norm_taps(
 
 
 class Switch:
-    """Whether taps act, and into how many segments the batch falls."""
+    """Whether taps act, into how many segments the batch falls, and which iteration it is."""
 
     def __init__(self) -> None:
-        self.segments = 0
+        self.segments, self.step = 0, 0
 
     @contextlib.contextmanager
-    def on(self, segments: int) -> Iterator[None]:
+    def on(self, segments: int, step: int = 0) -> Iterator[None]:
         """Taps act inside this block."""
-        self.segments = segments
+        self.segments, self.step = segments, step
         try:
             yield
         finally:
@@ -185,7 +200,9 @@ def tapped(taps: Sequence[Tap], switch: Switch) -> Iterator[None]:
 
     def at(tap: Tap) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (tap.pull(inputs[0], switch.segments), *inputs[1:]) if switch.segments else None
+            if not switch.segments:
+                return None
+            return (tap.pull(inputs[0], switch.segments, switch.step), *inputs[1:])
 
         return tap.module.register_forward_pre_hook(hook)
 

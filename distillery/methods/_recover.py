@@ -90,6 +90,7 @@ class Recovery:
             matched together); default: BatchNorm inputs against the running statistics, weighted by `r_bn`, `r_var`
             and `first_bn`.
         r_bn, r_var, first_bn: see `_matching.norm_taps`.
+        norms: every teacher must have BatchNorm (G-VBSM has convolutions to match besides).
         r_ce: weight of the cross-entropy.
         terms: the method's own losses by name, each Seen -> [G].
         factor: [M] factors on the learning rate; default: half a cosine from 1 to 0.
@@ -107,6 +108,7 @@ class Recovery:
     r_bn: float = 0.0
     r_var: float = 1.0
     first_bn: float = 10.0
+    norms: bool = True
     r_ce: float = 1.0
     terms: dict[str, Term] = field(default_factory=dict)
     factor: Tensor | None = None
@@ -134,10 +136,19 @@ def one_per_class(classes: int, ipc: int, batch: int) -> list[Group]:
     return [Group(chunk, range(slot, slot + 1)) for chunk in chunks for slot in range(ipc)]
 
 
-def class_major(classes: int, ipc: int, batch: int) -> list[Group]:
-    """DELT's, G-VBSM's and WMDD's groups: all IPC images of as many consecutive classes as `batch` holds."""
-    step = max(1, batch // ipc)
-    return [Group(tuple(range(at, min(classes, at + step))), range(ipc)) for at in range(0, classes, step)]
+def class_major(classes: int, ipc: int, batch: int, parts: int = 1) -> list[Group]:
+    """DELT's, G-VBSM's and WMDD's groups: all IPC images of as many consecutive classes as `batch` holds.
+
+    With several parts (G-VBSM on Tiny), a class's images fall into that many runs of consecutive ones, and each run
+    meets its own classes.
+    """
+    run = math.ceil(ipc / parts)
+    step = max(1, batch // run)
+    return [
+        Group(tuple(range(at, min(classes, at + step))), range(slot, min(ipc, slot + run)))
+        for slot in range(0, ipc, run)
+        for at in range(0, classes, step)
+    ]
 
 
 def noise(name: str, seed: int, size: int) -> Callable[[Group], Tensor]:
@@ -179,15 +190,15 @@ def classes_in(part: Sequence[Group]) -> list[int]:
     return sorted({cls for group in part for cls in group.classes})
 
 
-def check_norms(name: str, teacher: Teacher) -> None:
-    """Refuse teachers without BatchNorm statistics.
+def check_norms(name: str, teacher: Teacher, needed: bool = True) -> None:
+    """Refuse teachers with BatchNorm that kept no statistics and, where it is needed, teachers without BatchNorm.
 
     Raises:
         UserError: names the net.
     """
     for member in teacher.members:
         lacking = [m for m in norms(member.net) if m.running_mean is None]
-        if not norms(member.net) or lacking:
+        if lacking or (needed and not norms(member.net)):
             raise UserError(
                 f"{name} matches BatchNorm statistics, and the teacher {type(member.net).__name__} has "
                 f"{'BatchNorm layers without running statistics' if lacking else 'no BatchNorm2d layer'}; choose a "
@@ -213,7 +224,7 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
         UserError: a teacher for other data, or memory too small for one group.
         NonFiniteLoss: names group, step and term.
     """
-    check_norms(recovery.name, teacher)
+    check_norms(recovery.name, teacher, recovery.norms)
     net_bytes = _selection.look(teacher, real).all_bytes
     kept = track.load()
     packs = _cut(part, kept[1]["sizes"]) if kept else _packs(recovery, part, net_bytes, teacher, track)
@@ -506,7 +517,7 @@ class _Pack:
         """The loss to differentiate (the taps add their own gradients), names of the terms, and their values [T, G]."""
         recovery, groups = self.recovery, len(self.groups)
         turn = self.turns[step % len(self.turns)]
-        with turn.switch.on(groups * turn.segments), turn.watched() as features:
+        with turn.switch.on(groups * turn.segments, step), turn.watched() as features:
             logits = turn.logits(views.flatten(0, 1)).view(groups, views.shape[1], -1)
         targets = self.classes[:, :, None].expand(-1, -1, self.x.shape[2]).flatten(1)
         each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

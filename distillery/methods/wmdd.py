@@ -233,7 +233,7 @@ class WeightedTap:
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def pull(self, x: Tensor, segments: int) -> Tensor:
+    def pull(self, x: Tensor, segments: int, step: int = 0) -> Tensor:
         """See `_matching.Tap`."""
         wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
         shares = self.shares.to(wide)[:, :, None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distillery.report import table
-from distillery.report.load import STEPS, Failure, Outcome, Row, load
+from distillery.report.load import SHARED, Failure, Outcome, Row, load
 from distillery.report.markdown import markdown
 from distillery.report.notes import title, weaknesses
 from distillery.report.table import Entry
@@ -101,8 +101,8 @@ def _facts(outcomes: Sequence[Outcome], rows: Sequence[Row], code_version: str) 
 
 def _seconds(outcomes: Sequence[Outcome]) -> float:
     """Seconds of all steps; a step shared by several cells counts once (its seconds are then equal to the digit)."""
-    shared = {(s, o.seconds[s]) for o in outcomes for s in STEPS[:2] if s in o.seconds}
-    own = sum(seconds for o in outcomes for step, seconds in o.seconds.items() if step not in STEPS[:2])
+    shared = {(s, o.seconds[s]) for o in outcomes for s in SHARED if s in o.seconds}
+    own = sum(seconds for o in outcomes for step, seconds in o.seconds.items() if step not in SHARED)
     return own + sum(sorted(seconds for _, seconds in shared))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from distillery import artifact
 from distillery.errors import CorruptArtifact
 
-STEPS = ("prepare_data", "train_teacher", "synthesize", "relabel", "evaluate_student")
+STEPS = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
+SHARED = STEPS[:3]  # made once for several cells
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def _failure(manifest: artifact.Manifest, data: dict[str, Any]) -> Outcome:
         traceback=str(data["traceback"]),
     )
     said = f"{failure.step}: {' '.join(failure.error.split())}"
-    common = _common(cell, manifest) | {"teacher": data["cell"]["teacher"]["net"], "teacher_acc": None} if cell else {}
+    teachers = {"teacher": "+".join(data["cell"]["teachers"]), "teacher_acc": None} if cell else {}
+    common = _common(cell, manifest) | teachers if cell else {}
     rows = []
     for index, student in enumerate(cell.get("students", ())):
         names = (student["net"], student["recipe"]["name"])

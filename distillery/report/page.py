@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from distillery.report import charts
-from distillery.report.load import Failure, Outcome, Row
+from distillery.report.load import SHARED, Failure, Outcome, Row
 from distillery.report.notes import HOW_TO_READ, Note, labels, title
 from distillery.report.table import Entry, Setting, by_setting, mean_by_seed
 
@@ -204,7 +204,7 @@ def _per_class(rows: Sequence[Row]) -> list[float]:
 def _times(entries: Sequence[Entry]) -> tuple[list[tuple[str, float]], list[dict[str, Any]]]:
     """Seconds of the shared steps, and mean seconds per cell of each method and IPC."""
     rows = [row for entry in entries for row in entry.rows]
-    shared = [(step, _mean(r.seconds.get(step) for r in rows)) for step in ("prepare_data", "train_teacher")]
+    shared = [(step, _mean(r.seconds.get(step) for r in rows)) for step in SHARED]
     lines: dict[tuple[int, str], dict[str, Row]] = {}
     for entry in entries:
         found = lines.setdefault((entry.setting.ipc, entry.method), {})

@@ -1,0 +1,27 @@
+"""All teachers -> one artifact."""
+
+from typing import List
+
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components._step import facts, step
+
+
+@step
+def gather_teachers(
+    experiment: str,
+    data: Input[Dataset],
+    models: Input[List[Model]],
+    teachers: Output[Model],
+    checkpoints: str = "",
+    s3_endpoint: str = "",
+) -> None:
+    """Put the teachers side by side, with the statistics of the data that methods ask for."""
+    import os
+
+    from distillery import steps
+
+    if s3_endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    folders = {model.metadata["teacher"]: model.path for model in models}
+    teachers.metadata.update(facts(steps.gather_teachers(experiment, data.path, folders, teachers.path, checkpoints)))
