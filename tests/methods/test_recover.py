@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,22 +265,57 @@ def test_a_pack_of_any_size_gives_the_same_bytes(images: int, monkeypatch: pytes
     assert torch.equal(found[:10], alone.view(5, 2, 3, SIZE, SIZE).transpose(0, 1).flatten(0, 1))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3])
-def test_a_small_group_alone_is_the_same_in_fp32(classes: int) -> None:
-    """Layers for fewer than four images take other kernels than for many."""
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the machine: the order of additions depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def wide_teacher() -> ToyTeacher:
+    """Layers whose kernels change with the number of images and of threads."""
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1)
     )
-    net.extend([nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)])
+    net.extend([nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 100), nn.ReLU(), nn.Linear(100, 4)])
     stream = generator("wide")
     for parameter in net.parameters():
         parameter.data = torch.randn(parameter.shape, generator=stream) / 8
-    teacher = ToyTeacher(CPU.place(net).eval().requires_grad_(False), SIZE)
-    part = [Group(tuple(range(classes)), range(slot, slot + 1)) for slot in range(3)]
-    whole = run(recovery(iterations=30, law=law(iterations=30)), teacher, part)
-    for slot, group in enumerate(part):
-        alone = run(recovery(iterations=30, law=law(iterations=30)), teacher, [group])
-        assert torch.equal(alone, whole[slot::3])
+    return ToyTeacher(CPU.place(net).eval().requires_grad_(False), SIZE)
+
+
+def last_pixels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The last iterate of each group before it is rounded."""
+    found: dict[str, Tensor] = {}
+
+    class Spy(_recover._Pack):
+        def images_u8(self) -> Tensor:
+            found.update(zip([group.name for group in self.groups], self.x.clone(), strict=True))
+            return super().images_u8()
+
+    monkeypatch.setattr(_recover, "_Pack", Spy)
+    return found
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("changes", [{}, {"ascent": (0.5, 3)}], ids=["plain", "ascent"])
+@pytest.mark.parametrize("small", [0, 4, 100], ids=lambda images: f"up to {images} images are few")
+def test_a_group_alone_is_the_same_to_the_last_bit(
+    small: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, whatever else is made, before it or beside it, larger or smaller."""
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * SIZE**2)
+    wanted, found = recovery(iterations=4, **changes), last_pixels(monkeypatch)
+    part = [Group((0, 1, 2, 3), range(slot, slot + 3)) for slot in (0, 3)]
+    part += [Group(tuple(range(classes)), range(slot, slot + 1)) for classes in (3, 2, 1) for slot in (6, 7)]
+    run(wanted, wide_teacher(), part)
+    whole = found.copy()
+    for group in (part[0], *part[2::2]):
+        found.clear()
+        run(wanted, wide_teacher(), [group])
+        assert torch.equal(found[group.name], whole[group.name]), group
 
 
 def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
