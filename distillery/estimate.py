@@ -71,7 +71,8 @@ def _seconds(
     val = DATASETS[cell.dataset.name].val
     method = methods.find(cell.method)
     options = methods.config_of(cell.method, cell.options, cell.dataset.name, cell.ipc)
-    forwards = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)["forwards"]
+    said = method.estimate(options, ipc=cell.ipc, classes=classes, size=size, train=images)
+    passes = said["forwards"] + said.get("backwards", 0)  # frozen weights: back costs about what forth does
     trained = 0.0
     for student in cell.students:
         views = student.recipe.epochs * cell.ipc * classes
@@ -80,7 +81,7 @@ def _seconds(
         trained += shown / speeds[_kind(student)].forward
         trained += views / speeds[_kind(student)].training
         trained += views / teacher if student.recipe.regime == "soft" else 0.0
-    return forwards / teacher, trained
+    return passes / teacher, trained
 
 
 def _peak(cell: Cell, classes: int, size: int, images: int) -> int:

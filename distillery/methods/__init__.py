@@ -9,7 +9,8 @@ A method is one module of this package and one line in `METHODS`. The module has
                           raises UserError for values that cannot work. `per_class` holds the training images of each
                           class, None while they are not known
     estimate(cfg, *, ipc, classes, size, train=0)
-                          {"forwards": images the teacher will see, "peak_bytes": memory beyond the data and the net};
+                          {"forwards": images the teacher will see, "backwards": those of them whose gradient is
+                          taken (may be left out), "peak_bytes": memory beyond the data and the net};
                           `train` is the number of real training images, 0 while it is not known
     groups(cfg, *, ipc, classes)
                           the independent parts of a set of `classes` classes; `classwise` where each class stands alone

@@ -622,6 +622,9 @@ def _logits(member: Teacher, x_norm: Tensor) -> Tensor:
     return out if out.dtype == torch.float64 else out.float()
 
 
-def work(forwards: int, images: int, size: int) -> dict[str, int]:
-    """An estimate: what the teacher sees, and pixels with gradient and moments in fp32 beside the set itself."""
-    return {"forwards": forwards, "peak_bytes": images * 3 * size * size * (1 + 8 * 4)}
+def work(steps: int, images: int, size: int, scored: int = 0) -> dict[str, int]:
+    """An estimate for `images` images that take `steps` steps in all, after `scored` images were looked at once.
+
+    Memory: pixels with gradient and moments in fp32 beside the set itself.
+    """
+    return {"forwards": steps + scored, "backwards": steps, "peak_bytes": images * 3 * size * size * (1 + 8 * 4)}

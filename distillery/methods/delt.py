@@ -99,7 +99,8 @@ def starts(cfg: Config, ipc: int) -> tuple[int, ...]:
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
     """Scoring of the real images, then each image's own iterations."""
     images = classes * ipc
-    found = _recover.work(train + classes * sum(cfg.iterations - at for at in starts(cfg, ipc)), images, size)
+    steps = classes * sum(cfg.iterations - at for at in starts(cfg, ipc))
+    found = _recover.work(steps, images, size, scored=train)
     scoring = _selection.scoring_bytes(_selection.UNIT, size)
     return found | {"peak_bytes": max(scoring + images * 3 * size * size, found["peak_bytes"])}
 

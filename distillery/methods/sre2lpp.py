@@ -72,7 +72,7 @@ def check(cfg: Config, *, ipc: int, size: int, per_class: list[int] | None) -> N
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
     """RDED's scoring, then `iterations` forwards (and backwards) of every image."""
     images = classes * ipc
-    found = _recover.work(images * cfg.iterations + _patches.forwards(cfg, classes, train), images, size)
+    found = _recover.work(images * cfg.iterations, images, size, scored=_patches.forwards(cfg, classes, train))
     scoring = _selection.scoring_bytes(_patches.PIXELS_AT_ONCE * cfg.num_crop, size)
     return found | {"peak_bytes": max(scoring + images * 3 * size * size, found["peak_bytes"])}
 

@@ -93,7 +93,7 @@ def check(cfg: Config, *, ipc: int, size: int, per_class: list[int] | None) -> N
 
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
     """Every real image once for its features, and `iterations` forwards (and backwards) of every image."""
-    return _recover.work(train + classes * ipc * cfg.iterations, classes * ipc, size)
+    return _recover.work(classes * ipc * cfg.iterations, classes * ipc, size, scored=train)
 
 
 def synthesize(
