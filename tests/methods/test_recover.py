@@ -416,24 +416,22 @@ def test_a_killed_run_continues_to_the_same_bytes_whatever_memory_is_left(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = [Group((cls, cls + 1), range(4)) for cls in (0, 2)] * ("starts" in changes) or GROUPS[:4]
-    wanted = recovery(**changes)
+    wanted, packs = recovery(**changes), spied(monkeypatch)
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", 0)  # one pack after the other
     monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
     whole = run(wanted, deep_teacher(dtype=torch.float32), part)
-    packs = spied(monkeypatch)
     for after in (3, 9, 10, 14):
-        monkeypatch.undo()
-        packs = spied(monkeypatch)
-        monkeypatch.setattr(_recover, "STRIDE_PIXELS", 1)
-        monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
+        packs.clear()
         track = ToyTrack(kill_after=after)
         with pytest.raises(Killed):
             run(wanted, deep_teacher(dtype=torch.float32), part, track)
-        first, track.kill_after = packs.copy(), 0
+        at_work, track.kill_after = packs[-1], 0
         packs.clear()
-        monkeypatch.setattr(_recover, "CPU_IMAGES", 1)
-        monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 0)
-        assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
-        assert packs[0] == first[-1], "the pack was cut anew"
+        with monkeypatch.context() as later:
+            later.setattr(_recover, "CPU_IMAGES", 1)
+            later.setattr(_recover, "_free_bytes", lambda _device: 0)
+            assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
+        assert packs[0] == at_work, "the pack was cut anew"
         assert track.state is None
 
 
