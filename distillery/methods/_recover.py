@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,7 +240,9 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
         at = first
         while at < len(packs):
             resumed = kept is not None and at == first
-            side = min(len(crew), int(kept[1]["together"])) if kept is not None and resumed else len(crew)
+            side = _abreast(crew, packs[at:])
+            if kept is not None and resumed:
+                side = min(side, int(kept[1]["together"]))
             runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
             step = 0
             if kept is not None and resumed:
@@ -269,8 +272,8 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
 
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
-    """Bring every run to a step: one alone with all threads, several with one thread each."""
-    if len(runs) == 1 and pool._max_workers == 1:
+    """Bring every run to a step: small ones on a CPU with one thread each, even one alone; others with all threads."""
+    if len(runs) == 1 and not _small(runs[0].teacher, runs[0].groups):
         runs[0].reach(step)
         return
     waiting = [pool.submit(_alone, run, step) for run in runs]
@@ -284,19 +287,33 @@ def _alone(run: _Pack, step: int) -> None:
     run.reach(step)
 
 
+def _small(teacher: Mate, pack: Sequence[Group]) -> bool:
+    """Whether a CPU gives a pack one thread: a convolution on few images gains little from a second one.
+
+    This depends on the groups themselves and on nothing that is made beside them, because the last bit of an image
+    depends on the number of threads.
+    """
+    largest = max(len(group.images) for group in pack)
+    return teacher.compute.device.type == "cpu" and largest * teacher.size**2 <= SMALL_PIXELS
+
+
+def _abreast(crew: Sequence[Mate], packs: Sequence[Sequence[Group]]) -> int:
+    """How many of the next packs are worked on at the same time."""
+    if crew[0].compute.device.type == "cuda":
+        return len(crew)
+    return max(1, len(list(itertools.takewhile(lambda pack: _small(crew[0], pack), packs[: len(crew)]))))
+
+
 def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
     """The teacher once for each place where packs are worked on at the same time.
 
-    Several GPUs take packs in turn. On a CPU small groups are worked on side by side, one thread each: a convolution on
-    few images gains little from a second thread. Whether a group is small depends on the group alone, so that its
-    images do not depend on what is made beside it.
+    Several GPUs take packs in turn. On a CPU small groups are worked on side by side.
     """
     device = teacher.compute.device
     if device.type == "cuda":
         homes = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
         return [teacher if home == device else _copy(teacher, home) for home in homes[: len(packs)]] or [teacher]
-    small = all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for pack in packs for group in pack)
-    places = min(torch.get_num_threads(), len(packs)) if small else 1
+    places = min(torch.get_num_threads(), sum(_small(teacher, pack) for pack in packs))
     return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
 
 

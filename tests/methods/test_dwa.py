@@ -133,8 +133,10 @@ def test_dwa_is_the_plain_loop_on_the_risen_weights(options: dict[str, Any], mon
         assert torch.equal(found[list(group.classes)], to_u8(loop[-1][1]))
 
 
-def test_every_group_starts_from_the_teachers_own_weights() -> None:
+@pytest.mark.parametrize("images", [1, 1000])
+def test_every_group_starts_from_the_teachers_own_weights(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In whatever order and company, at the same bytes; the adjusted weights do matter."""
+    monkeypatch.setattr(_recover, "CPU_IMAGES", images)
     together = made(deep_teacher(dtype=torch.float32))
     assert torch.equal(made(deep_teacher(dtype=torch.float32), [SECOND, FIRST]), together)
     assert torch.equal(made(deep_teacher(dtype=torch.float32), [SECOND]), together[2:])

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,22 +265,57 @@ def test_a_pack_of_any_size_gives_the_same_bytes(images: int, monkeypatch: pytes
     assert torch.equal(found[:10], alone.view(5, 2, 3, SIZE, SIZE).transpose(0, 1).flatten(0, 1))
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3])
-def test_a_small_group_alone_is_the_same_in_fp32(classes: int) -> None:
-    """Layers for fewer than four images take other kernels than for many."""
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the machine: the order of additions depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def wide_teacher() -> ToyTeacher:
+    """Layers whose kernels change with the number of images and of threads."""
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1)
     )
-    net.extend([nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)])
+    net.extend([nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 100), nn.ReLU(), nn.Linear(100, 4)])
     stream = generator("wide")
     for parameter in net.parameters():
         parameter.data = torch.randn(parameter.shape, generator=stream) / 8
-    teacher = ToyTeacher(CPU.place(net).eval().requires_grad_(False), SIZE)
-    part = [Group(tuple(range(classes)), range(slot, slot + 1)) for slot in range(3)]
-    whole = run(recovery(iterations=30, law=law(iterations=30)), teacher, part)
-    for slot, group in enumerate(part):
-        alone = run(recovery(iterations=30, law=law(iterations=30)), teacher, [group])
-        assert torch.equal(alone, whole[slot::3])
+    return ToyTeacher(CPU.place(net).eval().requires_grad_(False), SIZE)
+
+
+def last_pixels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The last iterate of each group before it is rounded."""
+    found: dict[str, Tensor] = {}
+
+    class Spy(_recover._Pack):
+        def images_u8(self) -> Tensor:
+            found.update(zip([group.name for group in self.groups], self.x.clone(), strict=True))
+            return super().images_u8()
+
+    monkeypatch.setattr(_recover, "_Pack", Spy)
+    return found
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("changes", [{}, {"ascent": (0.5, 3)}], ids=["plain", "ascent"])
+@pytest.mark.parametrize("small", [0, 4, 100], ids=lambda images: f"up to {images} images are few")
+def test_a_group_alone_is_the_same_to_the_last_bit(
+    small: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, whatever else is made, before it or beside it, larger or smaller."""
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * SIZE**2)
+    wanted, found = recovery(iterations=4, **changes), last_pixels(monkeypatch)
+    part = [Group((0, 1, 2, 3), range(slot, slot + 3)) for slot in (0, 3)]
+    part += [Group(tuple(range(classes)), range(slot, slot + 1)) for classes in (3, 2, 1) for slot in (6, 7)]
+    run(wanted, wide_teacher(), part)
+    whole = found.copy()
+    for group in (part[0], *part[2::2]):
+        found.clear()
+        run(wanted, wide_teacher(), [group])
+        assert torch.equal(found[group.name], whole[group.name]), group
 
 
 def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,24 +416,22 @@ def test_a_killed_run_continues_to_the_same_bytes_whatever_memory_is_left(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = [Group((cls, cls + 1), range(4)) for cls in (0, 2)] * ("starts" in changes) or GROUPS[:4]
-    wanted = recovery(**changes)
+    wanted, packs = recovery(**changes), spied(monkeypatch)
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", 0)  # one pack after the other
     monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
     whole = run(wanted, deep_teacher(dtype=torch.float32), part)
-    packs = spied(monkeypatch)
     for after in (3, 9, 10, 14):
-        monkeypatch.undo()
-        packs = spied(monkeypatch)
-        monkeypatch.setattr(_recover, "STRIDE_PIXELS", 1)
-        monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
+        packs.clear()
         track = ToyTrack(kill_after=after)
         with pytest.raises(Killed):
             run(wanted, deep_teacher(dtype=torch.float32), part, track)
-        first, track.kill_after = packs.copy(), 0
+        at_work, track.kill_after = packs[-1], 0
         packs.clear()
-        monkeypatch.setattr(_recover, "CPU_IMAGES", 1)
-        monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 0)
-        assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
-        assert packs[0] == first[-1], "the pack was cut anew"
+        with monkeypatch.context() as later:
+            later.setattr(_recover, "CPU_IMAGES", 1)
+            later.setattr(_recover, "_free_bytes", lambda _device: 0)
+            assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
+        assert packs[0] == at_work, "the pack was cut anew"
         assert track.state is None
 
 
@@ -408,6 +441,7 @@ def state_of(net: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[int], 
     return copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()], hooked, net.training
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("ending", ["well", "nan", "killed"])
 @pytest.mark.parametrize(
     "changes",
@@ -416,9 +450,9 @@ def state_of(net: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[int], 
 )
 def test_the_teacher_is_left_as_it_was(changes: dict[str, Any], ending: str) -> None:
     teacher, track = deep_teacher(), ToyTrack(kill_after=4 if ending == "killed" else 0)
-    part, before = [Group((0, 1, 2, 3), range(2))], state_of(teacher.net)
+    part, before = [Group((0, 1), range(2)), Group((2, 3), range(2))], state_of(teacher.net)
     if ending == "nan":
-        changes = {**changes, "terms": {"wild": nan_at(3, part[0])}}
+        changes = {**changes, "terms": {"wild": nan_at(3, part[1])}}
     if ending == "well":
         run(recovery(**changes), teacher, part)
     else:
