@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,7 +240,9 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
         at = first
         while at < len(packs):
             resumed = kept is not None and at == first
-            side = min(len(crew), int(kept[1]["together"])) if kept is not None and resumed else len(crew)
+            side = _beside(teacher, packs[at : at + len(crew)])
+            if kept is not None and resumed:
+                side = min(side, int(kept[1]["together"]))
             runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
             step = 0
             if kept is not None and resumed:
@@ -269,8 +272,8 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
 
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
-    """Bring every run to a step: one alone with all threads, several with one thread each."""
-    if len(runs) == 1 and pool._max_workers == 1:
+    """Bring every run to a step: a large one on a CPU with all threads, small ones with one thread each."""
+    if len(runs) == 1 and not _is_small(runs[0].teacher, runs[0].groups):
         runs[0].reach(step)
         return
     waiting = [pool.submit(_alone, run, step) for run in runs]
@@ -284,19 +287,34 @@ def _alone(run: _Pack, step: int) -> None:
     run.reach(step)
 
 
+def _is_small(teacher: Mate, pack: Sequence[Group]) -> bool:
+    """Whether a pack is worked on with one thread: sums over several threads differ from it in the last bit.
+
+    This depends on the pack alone, so that its images do not depend on what is made before, after or beside it.
+    """
+    on_cpu = teacher.compute.device.type == "cpu"
+    return on_cpu and all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for group in pack)
+
+
+def _beside(teacher: Teacher, packs: Sequence[list[Group]]) -> int:
+    """How many of the next packs are worked on at the same time."""
+    if teacher.compute.device.type == "cuda":
+        return len(packs)
+    small = list(itertools.takewhile(lambda pack: _is_small(teacher, pack), packs))
+    return max(1, len(small))
+
+
 def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
     """The teacher once for each place where packs are worked on at the same time.
 
     Several GPUs take packs in turn. On a CPU small groups are worked on side by side, one thread each: a convolution on
-    few images gains little from a second thread. Whether a group is small depends on the group alone, so that its
-    images do not depend on what is made beside it.
+    few images gains little from a second thread.
     """
     device = teacher.compute.device
     if device.type == "cuda":
         homes = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
         return [teacher if home == device else _copy(teacher, home) for home in homes[: len(packs)]] or [teacher]
-    small = all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for pack in packs for group in pack)
-    places = min(torch.get_num_threads(), len(packs)) if small else 1
+    places = min(torch.get_num_threads(), sum(_is_small(teacher, pack) for pack in packs))
     return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
 
 

@@ -13,13 +13,14 @@ from _plain import HIGH, LOW, SIZE, Several, deep_teacher, labels_of, plain, ste
 from _toys import CPU, MEAN, STD, Killed, ToyTeacher, ToyTrack, toy_pixels
 from torch import Tensor, nn
 
+from distillery import nets
 from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
 from distillery.methods import Group, _recover, config_of, in_order, sre2l
 from distillery.methods._matching import MomentTap, Tap, norms
 from distillery.methods._recover import Recovery, Seen
 from distillery.methods._views import ViewLaw, curriculum, draw
-from distillery.rng import generator
+from distillery.rng import generator, seeded
 from distillery.track import Track
 
 pytestmark = pytest.mark.usefixtures("watched_closely")
@@ -548,6 +549,28 @@ def test_groups_side_by_side_are_the_same_bytes(
     assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), alone)
     monkeypatch.undo()
     assert torch.get_num_threads() == threads, "a worker changed the threads of this one"
+
+
+@pytest.mark.parametrize("small", [2, 4], ids=["some small", "all small"])
+def test_a_group_alone_is_the_same_whatever_threads_others_would_share(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several threads: a layer's sums over them differ from one thread's in the last bit."""
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * 16**2)
+    real, threads = toy_pixels(size=16), torch.get_num_threads()
+    with seeded(0, "threads"):
+        net = nets.build("resnet20", 4, 16)
+    teacher = ToyTeacher(CPU.place(net).eval().requires_grad_(False), 16)
+    wanted = recovery(law=law("rrc"), init=_recover.noise("toy", 0, 16))
+    part = [Group((0, 1, 2, 3), range(1)), Group((0, 1), range(1, 2)), Group((2, 3), range(1, 2))]
+    torch.set_num_threads(2)
+    try:
+        whole = _recover.recover(wanted, real, teacher, part, 0, Track.quiet())
+        for group in part:
+            own = [in_order(part).index(image) for image in group.images]
+            assert torch.equal(_recover.recover(wanted, real, teacher, [group], 0, Track.quiet()), whole[own])
+    finally:
+        torch.set_num_threads(threads)
 
 
 IMAGENET = {"iterations": 4000, "lr": 0.25, "r_bn": 0.01, "first_bn": 10.0, "batch": 100, "jitter": 32}
