@@ -21,10 +21,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from distillery.data import augment
@@ -35,6 +36,7 @@ from distillery.methods import _selection
 from distillery.methods._contract import Group, Teacher, in_order
 from distillery.methods._matching import Switch, Tap, norm_taps, norms, tapped
 from distillery.methods._views import ViewLaw, Views, back, draw, matrices, see
+from distillery.nets import head
 from distillery.rng import generator
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ CPU_IMAGES = 1
 SMALL_PIXELS = 32 * 32**2  # of a group: below this a CPU works on several groups side by side
 STRIDE_PIXELS = 2**18  # image pixels of a group between two looks at the clock
 MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
+CGROUP, UNKNOWN = Path("/sys/fs/cgroup"), 2**62
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Seen:
     Attributes:
         views: [G, n, 3, S, S] normalised views; the gradient flows through them.
         logits: [G, n, classes] float32.
-        features: [G, n, D] float32, input of the last linear layer.
+        features: [G, n, D] float32, what goes into the layer that makes the logits.
         groups: the G groups.
         slots: how many images of each class are active (they lie class after class).
         step: which iteration.
@@ -312,8 +315,9 @@ def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
     """
     device = teacher.compute.device
     if device.type == "cuda":
-        homes = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
-        return [teacher if home == device else _copy(teacher, home) for home in homes[: len(packs)]] or [teacher]
+        own = torch.cuda.current_device() if device.index is None else device.index
+        others = [place for place in range(torch.cuda.device_count()) if place != own][: len(packs) - 1]
+        return [teacher, *(_copy(teacher, torch.device("cuda", place)) for place in others)]
     places = min(torch.get_num_threads(), sum(_is_small(teacher, pack) for pack in packs))
     return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
 
@@ -406,13 +410,30 @@ def _shape(group: Group) -> tuple[int, int]:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Memory that a pack may take: of the GPU, or of the machine or container, whichever has less."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What earlier work freed stays with PyTorch, which gives it out again.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(_machine_bytes(), _container_bytes(CGROUP))
+
+
+def _machine_bytes() -> int:
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 2**62  # not Linux: nothing is known
+        return UNKNOWN  # not Linux
+
+
+def _container_bytes(cgroup: Path) -> int:
+    """What a pod's memory limit leaves; pages of files do not count, the kernel drops them first."""
+    try:
+        limit = int((cgroup / "memory.max").read_text())  # the text is "max" where there is no limit
+        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN
 
 
 class _Pack:
@@ -541,12 +562,12 @@ class _Pack:
         each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         terms = {"cross-entropy": recovery.r_ce * each.mean(1)}
         if recovery.terms:
-            inner = features[0].float().view(groups, views.shape[1], -1)
+            inner = features[-1].float().view(groups, views.shape[1], -1)
             seen = Seen(views, logits, inner, self.groups, self.x.shape[2], step)
             terms |= {name: term(seen) for name, term in recovery.terms.items()}
         loss = torch.stack(list(terms.values())).sum()
-        if turn.taps:
-            matched = torch.stack([tap.values.view(groups, turn.segments).sum(1) for tap in turn.taps]).sum(0)
+        if turn.switch.found:
+            matched = torch.stack(turn.switch.found).sum(0).view(groups, turn.segments).sum(1)
             terms["statistics loss"] = matched.to(loss.dtype)
         return loss, tuple(terms), torch.stack(list(terms.values())).detach()
 
@@ -605,15 +626,12 @@ class _Turn:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """Collect the input of the net's last linear layer."""
-        found: list[Tensor] = []
-        layers = [m for m in self.member.net.modules() if isinstance(m, nn.Linear)] if self.watches else []
-        handle = layers[-1].register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0])) if layers else None
-        try:
+        """Collect what goes into the layer that makes the logits, averaged over space where it is a map."""
+        if not self.watches:
+            yield []
+            return
+        with head.watched(self.member.net) as found:
             yield found
-        finally:
-            if handle is not None:
-                handle.remove()
 
 
 def _logits(member: Teacher, x_norm: Tensor) -> Tensor:
