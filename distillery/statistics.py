@@ -196,21 +196,26 @@ class _Convs:
         self.averages: dict[str, Tensor] = {}
 
     def add(self, x_norm: Tensor) -> None:
-        """Take up one batch [B, 3, S, S]; its parts are put together as if it had gone through the net at once."""
+        """Take up one batch [B, 3, S, S]; its parts are put together as if it had gone through the net at once.
+
+        A layer that the net runs more than once counts each time, as it does where images are matched.
+        """
         batch: dict[str, tuple[Tensor, Tensor]] = {}
+        seen = [0] * len(self.layers)
 
         def see(layer: int, x: Tensor) -> None:
-            share = len(x) / len(x_norm)
+            seen[layer] += len(x)
             for name, moments in ((f"conv/{layer}/", channel_moments(x)), (f"conv/{layer}/patch_", self._patches(x))):
                 mean, var = (value.double() for value in moments)
                 before = batch.get(name, (0.0, 0.0))
-                batch[name] = (before[0] + share * mean, before[1] + share * (var + mean.square()))
+                batch[name] = (before[0] + len(x) * mean, before[1] + len(x) * (var + mean.square()))
 
         for part in x_norm.split(AT_ONCE[x_norm.device.type]):
             with _inputs(self.layers, see):
                 self.member.logits(part)
         share = len(x_norm) / self.images
-        for name, (mean, square) in batch.items():
+        for name, sums in batch.items():
+            mean, square = (value / seen[int(name.split("/")[1])] for value in sums)
             for key, value in ((name + "mean", mean), (name + "var", (square - mean.square()).clamp(min=0))):
                 self.averages[key] = self.averages.get(key, 0.0) + share * value
 

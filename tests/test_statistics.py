@@ -93,6 +93,26 @@ def test_conv_is_the_weighted_average_over_batches_of_views() -> None:
         torch.testing.assert_close(found[key], value.float(), rtol=1e-5, atol=1e-6, msg=key)
 
 
+def test_a_layer_that_runs_twice_counts_each_time() -> None:
+    """Two runs of one convolution over the same maps say what one run says."""
+    real = toy_pixels()
+    once, twice = frozen(real), frozen(real)
+
+    class Again(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.net(x)
+            return self.net(x)
+
+    twice.net = Again(twice.net)
+    found = collect([once, twice], real, statistics.KINDS, seed=0, track=Track.quiet())
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
 def test_one_pass_gives_all_kinds_and_forward_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     real, track = toy_pixels(), ToyTrack()
     member = frozen(real)

@@ -179,15 +179,21 @@ def norm_taps(
 
 
 class Switch:
-    """Whether taps act, into how many segments the batch falls, and which iteration it is."""
+    """Whether taps act, into how many segments the batch falls, and which iteration it is.
+
+    Attributes:
+        found: [K] losses of the taps at the last forward, once for each time that a layer ran: a net may run one layer
+            twice, or leave one out.
+    """
 
     def __init__(self) -> None:
         self.segments, self.step = 0, 0
+        self.found: list[Tensor] = []
 
     @contextlib.contextmanager
     def on(self, segments: int, step: int = 0) -> Iterator[None]:
         """Taps act inside this block."""
-        self.segments, self.step = segments, step
+        self.segments, self.step, self.found = segments, step, []
         try:
             yield
         finally:
@@ -202,7 +208,9 @@ def tapped(taps: Sequence[Tap], switch: Switch) -> Iterator[None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if not switch.segments:
                 return None
-            return (tap.pull(inputs[0], switch.segments, switch.step), *inputs[1:])
+            pulled = tap.pull(inputs[0], switch.segments, switch.step)
+            switch.found.append(tap.values)
+            return (pulled, *inputs[1:])
 
         return tap.module.register_forward_pre_hook(hook)
 

@@ -21,10 +21,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from distillery.data import augment
@@ -35,6 +36,7 @@ from distillery.methods import _selection
 from distillery.methods._contract import Group, Teacher, in_order
 from distillery.methods._matching import Switch, Tap, norm_taps, norms, tapped
 from distillery.methods._views import ViewLaw, Views, back, draw, matrices, see
+from distillery.nets import head
 from distillery.rng import generator
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ CPU_IMAGES = 1
 SMALL_PIXELS = 32 * 32**2  # of a group: below this a CPU works on several groups side by side
 STRIDE_PIXELS = 2**18  # image pixels of a group between two looks at the clock
 MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
+CGROUP, UNKNOWN = Path("/sys/fs/cgroup"), 2**62
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Seen:
     Attributes:
         views: [G, n, 3, S, S] normalised views; the gradient flows through them.
         logits: [G, n, classes] float32.
-        features: [G, n, D] float32, input of the last linear layer.
+        features: [G, n, D] float32, what goes into the layer that makes the logits.
         groups: the G groups.
         slots: how many images of each class are active (they lie class after class).
         step: which iteration.
@@ -240,7 +243,7 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
         at = first
         while at < len(packs):
             resumed = kept is not None and at == first
-            side = _abreast(crew, packs[at:])
+            side = _beside(teacher, packs[at : at + len(crew)])
             if kept is not None and resumed:
                 side = min(side, int(kept[1]["together"]))
             runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
@@ -272,8 +275,8 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
 
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
-    """Bring every run to a step: small ones on a CPU with one thread each, even one alone; others with all threads."""
-    if len(runs) == 1 and not _small(runs[0].teacher, runs[0].groups):
+    """Bring every run to a step: a large one on a CPU with all threads, small ones with one thread each."""
+    if len(runs) == 1 and not _is_small(runs[0].teacher, runs[0].groups):
         runs[0].reach(step)
         return
     waiting = [pool.submit(_alone, run, step) for run in runs]
@@ -287,33 +290,35 @@ def _alone(run: _Pack, step: int) -> None:
     run.reach(step)
 
 
-def _small(teacher: Mate, pack: Sequence[Group]) -> bool:
-    """Whether a CPU gives a pack one thread: a convolution on few images gains little from a second one.
+def _is_small(teacher: Mate, pack: Sequence[Group]) -> bool:
+    """Whether a pack is worked on with one thread: sums over several threads differ from it in the last bit.
 
-    This depends on the groups themselves and on nothing that is made beside them, because the last bit of an image
-    depends on the number of threads.
+    This depends on the pack alone, so that its images do not depend on what is made before, after or beside it.
     """
-    largest = max(len(group.images) for group in pack)
-    return teacher.compute.device.type == "cpu" and largest * teacher.size**2 <= SMALL_PIXELS
+    on_cpu = teacher.compute.device.type == "cpu"
+    return on_cpu and all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for group in pack)
 
 
-def _abreast(crew: Sequence[Mate], packs: Sequence[Sequence[Group]]) -> int:
+def _beside(teacher: Teacher, packs: Sequence[list[Group]]) -> int:
     """How many of the next packs are worked on at the same time."""
-    if crew[0].compute.device.type == "cuda":
-        return len(crew)
-    return max(1, len(list(itertools.takewhile(lambda pack: _small(crew[0], pack), packs[: len(crew)]))))
+    if teacher.compute.device.type == "cuda":
+        return len(packs)
+    small = list(itertools.takewhile(lambda pack: _is_small(teacher, pack), packs))
+    return max(1, len(small))
 
 
 def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
     """The teacher once for each place where packs are worked on at the same time.
 
-    Several GPUs take packs in turn. On a CPU small groups are worked on side by side.
+    Several GPUs take packs in turn. On a CPU small groups are worked on side by side, one thread each: a convolution on
+    few images gains little from a second thread.
     """
     device = teacher.compute.device
     if device.type == "cuda":
-        homes = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
-        return [teacher if home == device else _copy(teacher, home) for home in homes[: len(packs)]] or [teacher]
-    places = min(torch.get_num_threads(), sum(_small(teacher, pack) for pack in packs))
+        own = torch.cuda.current_device() if device.index is None else device.index
+        others = [place for place in range(torch.cuda.device_count()) if place != own][: len(packs) - 1]
+        return [teacher, *(_copy(teacher, torch.device("cuda", place)) for place in others)]
+    places = min(torch.get_num_threads(), sum(_is_small(teacher, pack) for pack in packs))
     return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
 
 
@@ -405,13 +410,30 @@ def _shape(group: Group) -> tuple[int, int]:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Memory that a pack may take: of the GPU, or of the machine or container, whichever has less."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What earlier work freed stays with PyTorch, which gives it out again.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return min(_machine_bytes(), _container_bytes(CGROUP))
+
+
+def _machine_bytes() -> int:
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 2**62  # not Linux: nothing is known
+        return UNKNOWN  # not Linux
+
+
+def _container_bytes(cgroup: Path) -> int:
+    """What a pod's memory limit leaves; pages of files do not count, the kernel drops them first."""
+    try:
+        limit = int((cgroup / "memory.max").read_text())  # the text is "max" where there is no limit
+        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN
 
 
 class _Pack:
@@ -540,12 +562,12 @@ class _Pack:
         each = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         terms = {"cross-entropy": recovery.r_ce * each.mean(1)}
         if recovery.terms:
-            inner = features[0].float().view(groups, views.shape[1], -1)
+            inner = features[-1].float().view(groups, views.shape[1], -1)
             seen = Seen(views, logits, inner, self.groups, self.x.shape[2], step)
             terms |= {name: term(seen) for name, term in recovery.terms.items()}
         loss = torch.stack(list(terms.values())).sum()
-        if turn.taps:
-            matched = torch.stack([tap.values.view(groups, turn.segments).sum(1) for tap in turn.taps]).sum(0)
+        if turn.switch.found:
+            matched = torch.stack(turn.switch.found).sum(0).view(groups, turn.segments).sum(1)
             terms["statistics loss"] = matched.to(loss.dtype)
         return loss, tuple(terms), torch.stack(list(terms.values())).detach()
 
@@ -604,15 +626,12 @@ class _Turn:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """Collect the input of the net's last linear layer."""
-        found: list[Tensor] = []
-        layers = [m for m in self.member.net.modules() if isinstance(m, nn.Linear)] if self.watches else []
-        handle = layers[-1].register_forward_pre_hook(lambda _m, inputs: found.append(inputs[0])) if layers else None
-        try:
+        """Collect what goes into the layer that makes the logits, averaged over space where it is a map."""
+        if not self.watches:
+            yield []
+            return
+        with head.watched(self.member.net) as found:
             yield found
-        finally:
-            if handle is not None:
-                handle.remove()
 
 
 def _logits(member: Teacher, x_norm: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Look:
-    """What one image shows of a teacher's nets: bytes (in float32) of the largest activation and of all together."""
+    """What one image shows of a teacher's nets: bytes of the largest activation and of all of a net together."""
 
     largest_bytes: int
     all_bytes: int
@@ -102,12 +102,12 @@ def scorer(teacher: Teacher, real: Real) -> Scorer:
 
 
 def _activations(teacher: Teacher, x_norm: Tensor) -> tuple[list[int], int]:
-    """Bytes (in float32) of the input and of each layer's output for one image, and the number of the net's outputs."""
-    sizes = [x_norm.numel()]
+    """Bytes of the input and of each layer's output for one image, and the number of the net's outputs."""
+    sizes = [x_norm.numel() * x_norm.element_size()]
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor):
-            sizes.append(output.numel())
+            sizes.append(output.numel() * output.element_size())  # autocast decides the precision layer by layer
 
     handles = [module.register_forward_hook(hook) for module in teacher.net.modules() if not list(module.children())]
     try:
@@ -115,7 +115,7 @@ def _activations(teacher: Teacher, x_norm: Tensor) -> tuple[list[int], int]:
     finally:
         for handle in handles:
             handle.remove()
-    return [4 * size // len(x_norm) for size in sizes], outputs
+    return [size // len(x_norm) for size in sizes], outputs
 
 
 @dataclass(frozen=True)

@@ -145,11 +145,11 @@ class Targets:
 
     def taps(self, member: Teacher, groups: Sequence[Group]) -> tuple[list[_matching.Tap], int]:
         """Taps with the statistics of the classes of a pack, one segment a class; prepares its atoms."""
+        mean, var = _class_statistics(member, len(self.real.classes))
         rows = [cls for group in groups for cls in group.classes]
         found = [self.barycenter(cls) for cls in rows]
         atoms = torch.cat([own for own, _ in found]).view(len(groups), -1, found[0][0].shape[1])
         self._atoms[tuple(groups)] = atoms
-        mean, var = _class_statistics(member)
         taps = _matching.norm_taps(
             member.net,
             r_bn=self.cfg.r_bn,
@@ -164,7 +164,8 @@ class Targets:
 
     def distance(self, seen: _recover.Seen) -> Tensor:
         """The feature loss of each group, [G]."""
-        atoms = self._atoms[tuple(seen.groups)].to(seen.features)
+        groups = tuple(seen.groups)
+        atoms = self._atoms[groups] = self._atoms[groups].to(seen.features)  # once: a copy to a GPU makes it wait
         return distance(seen.features, atoms, self.cfg.feature_loss)
 
     def weights(self, cls: int) -> Tensor:
@@ -202,14 +203,23 @@ def features(teacher: Teacher, images_u8: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _class_statistics(member: Teacher) -> tuple[Tensor, Tensor]:
+def _class_statistics(member: Teacher, classes: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [classes, channels of all BatchNorm2d] that the teacher carries."""
     try:
-        return member.statistics["class_bn/mean"], member.statistics["class_bn/var"]
+        mean, var = member.statistics["class_bn/mean"], member.statistics["class_bn/var"]
     except KeyError as error:
         raise UserError(
             f"wmdd reads the statistics {error} of the classes inside the teacher, and this teacher has only "
             f"{sorted(member.statistics)}; give it those of distillery.statistics.collect with kind class_bn"
         ) from error
+    wanted = classes, sum(layer.num_features for layer in _matching.norms(member.net))
+    if mean.shape != wanted or var.shape != wanted:
+        raise UserError(
+            f"wmdd: the teacher {type(member.net).__name__} has {wanted[1]} BatchNorm channels and the data set "
+            f"{classes} classes, and its statistics are of {list(mean.shape)[::-1]}; they are of another net or data "
+            "set: collect this teacher's own (distillery.statistics.collect)"
+        )
+    return mean, var
 
 
 @dataclass

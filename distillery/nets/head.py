@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -22,16 +25,24 @@ def classifier(net: nn.Module) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def features(net: nn.Module, x_norm: torch.Tensor) -> torch.Tensor:
-    """Penultimate features [B, F]: the input of the classifier (averaged over space where it is a map).
+@contextlib.contextmanager
+def watched(net: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A block whose forwards leave their penultimate features [B, F] in a list: the input of the classifier (averaged
+    over space where it is a map)."""
+    found: list[torch.Tensor] = []
 
-    Runs one ordinary forward: mode, autocast and gradients are the caller's.
-    """
-    kept: list[torch.Tensor] = []
-    hook = classifier(net).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    def keep(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        found.append(inputs[0].mean((2, 3)) if inputs[0].ndim == 4 else inputs[0])
+
+    hook = classifier(net).register_forward_pre_hook(keep)
     try:
-        net(x_norm)
+        yield found
     finally:
         hook.remove()
-    last = kept[-1]
-    return last.mean((2, 3)) if last.ndim == 4 else last
+
+
+def features(net: nn.Module, x_norm: torch.Tensor) -> torch.Tensor:
+    """The penultimate features [B, F] of one ordinary forward: mode, autocast and gradients are the caller's."""
+    with watched(net) as found:
+        net(x_norm)
+    return found[-1]

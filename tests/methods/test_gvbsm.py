@@ -10,6 +10,7 @@ from _toys import MEAN, STD, ToyTeacher, toy_pixels, toy_teacher
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distillery import statistics
 from distillery.errors import UserError
 from distillery.methods import Group, _matching, _recover, _views, gvbsm
 from distillery.methods.gvbsm import Config, PatchTap
@@ -386,3 +387,15 @@ def test_a_teacher_without_anything_to_match_is_refused() -> None:
     forgetful = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), flat).double().eval()
     with pytest.raises(UserError, match="without running statistics"):
         recovered(LOUD, Double(forgetful, 8))
+
+
+def test_a_teacher_whose_logits_come_from_a_convolution_can_be_matched() -> None:
+    """SqueezeNet has no linear layer."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    real = toy_pixels()
+    teacher = ToyTeacher(net.eval().requires_grad_(False), real.size)
+    teacher.statistics.update(statistics.collect([teacher], real, ["conv"], seed=0, track=Track.quiet())[0])
+    cfg = gvbsm.Config(iterations=2, batch=8)
+    part = gvbsm.groups(cfg, ipc=2, classes=4)
+    found = gvbsm.synthesize(cfg, real, teacher, ipc=2, seed=0, part=part, track=Track.quiet())
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

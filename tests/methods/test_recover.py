@@ -13,13 +13,15 @@ from _plain import HIGH, LOW, SIZE, Several, deep_teacher, labels_of, plain, ste
 from _toys import CPU, MEAN, STD, Killed, ToyTeacher, ToyTrack, toy_pixels
 from torch import Tensor, nn
 
+from distillery import nets
 from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
 from distillery.methods import Group, _recover, config_of, in_order, sre2l
 from distillery.methods._matching import MomentTap, Tap, norms
 from distillery.methods._recover import Recovery, Seen
 from distillery.methods._views import ViewLaw, curriculum, draw
-from distillery.rng import generator
+from distillery.rng import generator, seeded
+from distillery.teacher import Card, Frozen
 from distillery.track import Track
 
 pytestmark = pytest.mark.usefixtures("watched_closely")
@@ -110,6 +112,37 @@ def test_sre2l_is_the_plain_loop(options: dict[str, Any]) -> None:
         )
         own = [cls * 2 + slot for cls, slot in group.images]
         assert torch.equal(found.images_u8[own], to_u8(last))
+
+
+class Odd(nn.Module):
+    """Runs one BatchNorm twice and another never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.never = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(5)
+        self.last = nn.Linear(3 * SIZE**2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.first(x))
+        return self.last(self.twice(x.tanh()).sigmoid().flatten(1))
+
+
+def test_a_layer_counts_as_often_as_it_runs() -> None:
+    with seeded(0, "odd"):
+        teacher = ToyTeacher(Odd().double().eval().requires_grad_(False), SIZE)
+    wanted = recovery()
+    loop = plain(
+        [teacher.net],
+        wanted.init(ONE).flatten(0, 1).double(),
+        labels_of(ONE),
+        views_of(wanted, ONE),
+        iterations=M,
+        lr=0.25,
+        r_bn=0.3,
+    )
+    for (losses, images), (wanted_losses, wanted_x) in zip(steps(wanted, teacher, [ONE]), loop, strict=True):
+        assert losses[0] == pytest.approx(wanted_losses, rel=1e-10)
+        assert float((images[0] - wanted_x).abs().max()) < 1e-9
 
 
 def test_teachers_take_turns() -> None:
@@ -336,6 +369,44 @@ def test_a_pack_fills_its_share_of_the_memory_and_no_more(monkeypatch: pytest.Mo
     run(recovery(), deep_teacher(), part, track)
     assert [len(pack) for pack in packs] == [2, 2, 2]
     assert track.notes == ["toy: 6 groups of up to 4 images in 3 packs, planned peak 0.00 of 0.0 GiB"]
+
+
+def test_half_precision_halves_the_planned_memory() -> None:
+    real, exact = toy_pixels(), deep_teacher(dtype=torch.float32)
+    card = Card("toy", {}, ["a", "b", "c", "d"], SIZE, list(MEAN), list(STD), 1.0, 1.0, [], [])
+    rough = Frozen(exact.net, card, Compute(torch.device("cpu"), torch.bfloat16))
+    full, half = (_recover._selection.look(teacher, real) for teacher in (exact, rough))
+    first = 4 * 3 * SIZE**2
+    assert half.all_bytes - first == pytest.approx((full.all_bytes - first) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"), [("1000", "anon 300\nfile 600\n", 700), ("10", "anon 30\n", 0), ("max", "", None)]
+)
+def test_a_pods_limit_counts_and_its_pages_of_files_do_not(
+    limit: str, used: str, free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.stat").write_text(used)
+    monkeypatch.setattr(_recover, "CGROUP", tmp_path)
+    monkeypatch.setattr(_recover, "_machine_bytes", lambda: 5000)
+    assert _recover._free_bytes(torch.device("cpu")) == (5000 if free is None else free)
+
+
+def test_a_gpus_memory_that_earlier_work_freed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 50}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert _recover._free_bytes(torch.device("cuda")) == 750
+
+
+def test_every_gpu_has_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "cuda" means the current device, which needs no copy."""
+    teacher = replace(deep_teacher(), compute=Compute(torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_recover, "_copy", lambda _teacher, device: device)
+    assert _recover._crew(teacher, [[ONE], [TWO]]) == [teacher, torch.device("cuda", 0)]
+    assert _recover._crew(teacher, [[ONE]]) == [teacher]
 
 
 def nan_at(step: int, group: Group) -> Callable[[Seen], Tensor]:
@@ -582,6 +653,28 @@ def test_groups_side_by_side_are_the_same_bytes(
     assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), alone)
     monkeypatch.undo()
     assert torch.get_num_threads() == threads, "a worker changed the threads of this one"
+
+
+@pytest.mark.parametrize("small", [2, 4], ids=["some small", "all small"])
+def test_a_group_alone_is_the_same_whatever_threads_others_would_share(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several threads: a layer's sums over them differ from one thread's in the last bit."""
+    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * 16**2)
+    real, threads = toy_pixels(size=16), torch.get_num_threads()
+    with seeded(0, "threads"):
+        net = nets.build("resnet20", 4, 16)
+    teacher = ToyTeacher(CPU.place(net).eval().requires_grad_(False), 16)
+    wanted = recovery(law=law("rrc"), init=_recover.noise("toy", 0, 16))
+    part = [Group((0, 1, 2, 3), range(1)), Group((0, 1), range(1, 2)), Group((2, 3), range(1, 2))]
+    torch.set_num_threads(2)
+    try:
+        whole = _recover.recover(wanted, real, teacher, part, 0, Track.quiet())
+        for group in part:
+            own = [in_order(part).index(image) for image in group.images]
+            assert torch.equal(_recover.recover(wanted, real, teacher, [group], 0, Track.quiet()), whole[own])
+    finally:
+        torch.set_num_threads(threads)
 
 
 IMAGENET = {"iterations": 4000, "lr": 0.25, "r_bn": 0.01, "first_bn": 10.0, "batch": 100, "jitter": 32}

@@ -185,6 +185,10 @@ def test_what_cannot_work_is_refused() -> None:
     part = wmdd.groups(cfg, ipc=IPC, classes=3)
     with pytest.raises(UserError, match=r"'class_bn/mean' .* has only \[\].*statistics.collect"):
         wmdd.synthesize(cfg, real, bare, ipc=IPC, seed=0, part=part, track=Track.quiet())
+    for shape in ((2, 4), (3, 5)):  # another data set's, another net's
+        other = replace(bare, statistics={f"class_bn/{what}": torch.ones(shape) for what in ("mean", "var")})
+        with pytest.raises(UserError, match=rf"4 BatchNorm .* 3 classes, .* of \[{shape[1]}, {shape[0]}\]; .*collect"):
+            wmdd.synthesize(cfg, real, other, ipc=IPC, seed=0, part=part, track=Track.quiet())
     with pytest.raises(UserError, match=r"ipc 13 .* 12 real training images of class 0"):
         wmdd.synthesize(cfg, real, bare, ipc=13, seed=0, part=part, track=Track.quiet())
 
