@@ -401,8 +401,8 @@ def _packs(
     if fitting < largest:
         raise UserError(
             f"{recovery.name}: one group of {largest} images needs about {largest * per_image / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower its option batch (now groups of "
-            f"{largest}), or use precision: bf16"
+            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower {_remedy(part)}, or use precision: "
+            "bf16"
         )
     most = min(fitting, CPU_IMAGES) if teacher.compute.device.type == "cpu" else fitting
     packs: list[list[Group]] = []
@@ -421,6 +421,14 @@ def _packs(
         f"{images * per_image / 2**30:.2f} of {free / 2**30:.1f} GiB"
     )
     return packs
+
+
+def _remedy(part: Sequence[Group]) -> str:
+    """What makes the largest group smaller."""
+    largest = max(part, key=lambda group: len(group.images))
+    if len(largest.classes) > 1:
+        return f"its option batch (now groups of {len(largest.images)})"
+    return f"ipc (a group holds {len(largest.images)} images of one class)"
 
 
 def _cut(part: Sequence[Group], sizes: Sequence[int]) -> list[list[Group]]:

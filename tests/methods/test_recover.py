@@ -324,6 +324,12 @@ def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch)
         run(recovery(), deep_teacher())
 
 
+def test_a_group_of_one_class_too_large_for_the_memory_needs_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 10_000)
+    with pytest.raises(UserError, match=r"one group of 9 images .*; lower ipc \(a group holds 9 images of one class\)"):
+        run(recovery(), deep_teacher(), [Group((0,), range(9)), Group((1,), range(9))])
+
+
 def test_a_pack_fills_its_share_of_the_memory_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_recover, "CPU_IMAGES", 1000)
     packs, track = spied(monkeypatch), ToyTrack()
