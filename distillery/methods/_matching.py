@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-LAUNCH_ELEMENTS = 2**23  # of a segment: below this a GPU sums faster than it is told to
+LAUNCH_ELEMENTS = 2**23  # of a segment: below this its sums take about as long as a launch (estimated)
 
 
 class Tap(Protocol):
@@ -124,7 +124,7 @@ def moments(x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     """Channel means and biased variances of each segment, [K, C] each, in float32 (float64 for float64).
 
     On a CPU each segment is reduced by itself, in the same order however many share the batch. On a GPU many small
-    segments are reduced at once: a launch for each would take longer than the sums.
+    segments are reduced at once, to spare it a launch for each.
     """
     if x.is_cuda and segments > 1 and x.numel() < segments * LAUNCH_ELEMENTS:
         return _moments_at_once(x, segments)
