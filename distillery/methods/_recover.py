@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -230,13 +230,11 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
     """
     check_norms(recovery.name, teacher, recovery.norms)
     net_bytes = _selection.look(teacher, real).all_bytes
-    kept = track.load()
+    kept, done, parts = _continued(track)
     packs = _cut(part, kept[1]["sizes"]) if kept else _packs(recovery, part, net_bytes, teacher, track)
     crew = _crew(teacher, packs)
-    total, done, first = len(packs) * recovery.iterations, list[Tensor](), 0
-    if kept is not None:
-        first = int(kept[1]["packs"])
-        done = [kept[0][f"done{place}"] for place in range(first)]
+    total, first = len(packs) * recovery.iterations, len(done)
+    stored = first
     pixels = max(len(group.images) for group in part) * teacher.size**2
     stride = max(1, min(LOOK, STRIDE_PIXELS // pixels))
     with ThreadPoolExecutor(len(crew)) as pool:
@@ -261,17 +259,43 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
                     track.log(at * recovery.iterations + len(runs) * step, total, **runs[0].said)
                     last = step == recovery.iterations and at + len(runs) == len(packs)
                     if track.due() and not last:
-                        tensors = {f"done{place}": images for place, images in enumerate(done)}
+                        tensors: dict[str, Tensor] = {}
                         for place, run in enumerate(runs):
                             run.look()
                             tensors |= {f"run{place}/{name}": tensor for name, tensor in run.state().items()}
+                        if len(done) > stored:
+                            _finished(track, parts).save({str(p): done[p] for p in range(stored, len(done))}, {})
+                            stored, parts = len(done), parts + 1
                         sizes = [len(each) for each in packs]
-                        track.save(tensors, {"packs": at, "together": len(runs), "step": step, "sizes": sizes})
+                        values = {"parts": parts, "together": len(runs), "step": step, "sizes": sizes}
+                        track.save(tensors, values)
             done += [run.images_u8() for run in runs]
             at += len(runs)
     track.clear()
+    for place in range(parts):
+        _finished(track, place).clear()
     made = dict(zip([image for group in part for image in group.images], torch.cat(done), strict=True))
     return torch.stack([made[image] for image in in_order(part)])
+
+
+def _finished(track: Track, part: int) -> Track:
+    """Where packs that were finished between two checkpoints are kept: written once, so that checkpoints stay small."""
+    return track.child(f"finished{part}")
+
+
+def _continued(track: Track) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[Tensor], int]:
+    """The checkpoint of the packs at work, the images of the finished ones, and in how many parts these are kept."""
+    kept = track.load()
+    if kept is None:
+        return None, [], 0
+    done: list[Tensor] = []
+    for part in range(int(kept[1]["parts"])):
+        found = _finished(track, part).load(quiet=True)
+        if found is None:
+            track.note("the images of finished groups are lost; starting this step from its beginning")
+            return None, [], 0
+        done += [found[0][place] for place in sorted(found[0], key=int)]
+    return kept, done, int(kept[1]["parts"])
 
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
@@ -377,8 +401,8 @@ def _packs(
     if fitting < largest:
         raise UserError(
             f"{recovery.name}: one group of {largest} images needs about {largest * per_image / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower its option batch (now groups of "
-            f"{largest}), or use precision: bf16"
+            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower {_remedy(part)}, or use precision: "
+            "bf16"
         )
     most = min(fitting, CPU_IMAGES) if teacher.compute.device.type == "cpu" else fitting
     packs: list[list[Group]] = []
@@ -397,6 +421,14 @@ def _packs(
         f"{images * per_image / 2**30:.2f} of {free / 2**30:.1f} GiB"
     )
     return packs
+
+
+def _remedy(part: Sequence[Group]) -> str:
+    """What makes the largest group smaller."""
+    largest = max(part, key=lambda group: len(group.images))
+    if len(largest.classes) > 1:
+        return f"its option batch (now groups of {len(largest.images)})"
+    return f"ipc (a group holds {len(largest.images)} images of one class)"
 
 
 def _cut(part: Sequence[Group], sizes: Sequence[int]) -> list[list[Group]]:

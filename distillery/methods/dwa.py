@@ -8,7 +8,8 @@ batch; then CE + r_bn * sum_l w_l (||mean_l - RM_l|| + r_var ||var_l - RV_l||) w
 Code: AngusDujw/Diversity-Driven-Synthesis@c5b125f, distillation/.
 Differs: (1) the official ImageNet script lets the adjustments of one image's class chunks pile up; here every batch
 has its own, as in the paper's formula; (2) its first Adam step also holds the gradients of the K ascent steps; (3)
-CIFAR-10 is normalised there with another spread than at training; here always as the teacher's; (4) uint8, not JPEG.
+CIFAR-10 is normalised there with another spread than at training; here always as the teacher's; (4) photos are cropped
+to a square as at evaluation, where the code squeezes them into one; (5) uint8, not JPEG.
 Target: CIFAR-10, ResNet-18 (modified), IPC 10 / 50: 32.6 / 53.1.
 """
 

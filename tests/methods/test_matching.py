@@ -267,9 +267,12 @@ def test_targets_are_a_copy_of_the_running_statistics(model: Branches) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_moments_are_means_and_biased_variances(dtype: torch.dtype, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("reduce", [moments, _matching._moments_at_once])
+def test_moments_are_means_and_biased_variances(
+    reduce: Callable[[Tensor, int], tuple[Tensor, Tensor]], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     x = (torch.randn(12, 5, 7, 7, generator=generator("moments")) * 3 + 50).to(dtype).contiguous(memory_format=layout)
-    mean, var = moments(x, 3)
+    mean, var = reduce(x, 3)
     assert mean.dtype == var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for segment, part in enumerate(x.double().chunk(3)):
         wanted_mean, wanted_var = means_vars(part)

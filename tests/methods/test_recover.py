@@ -359,6 +359,12 @@ def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch)
         run(recovery(), deep_teacher())
 
 
+def test_a_group_of_one_class_too_large_for_the_memory_needs_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 10_000)
+    with pytest.raises(UserError, match=r"one group of 9 images .*; lower ipc \(a group holds 9 images of one class\)"):
+        run(recovery(), deep_teacher(), [Group((0,), range(9)), Group((1,), range(9))])
+
+
 def test_a_pack_fills_its_share_of_the_memory_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_recover, "CPU_IMAGES", 1000)
     packs, track = spied(monkeypatch), ToyTrack()
@@ -504,6 +510,44 @@ def test_a_killed_run_continues_to_the_same_bytes_whatever_memory_is_left(
             assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
         assert packs[0] == at_work, "the pack was cut anew"
         assert track.state is None
+
+
+class Weighed(ToyTrack):
+    """Remembers how large its checkpoints were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        super().save(tensors, values)
+        self.sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+
+    def child(self, name: str) -> ToyTrack:
+        return self.children.setdefault(name, Weighed())
+
+
+def test_checkpoints_do_not_grow_with_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished images are written once; 50,000 of 224 px are 7 GiB."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    track = Weighed()
+    found = run(recovery(), deep_teacher(), GROUPS[:5], track)
+    assert len(track.sizes) == 5 * M - 1
+    assert len(set(track.sizes)) == 1
+    kept = [size for child in track.children.values() for size in child.sizes]  # type: ignore[attr-defined]
+    assert sum(kept) == found.numel() * 4 // 5, "the last group ends the step and needs no checkpoint"
+    assert all(child.state is None for child in track.children.values()), "files are left behind"
+
+
+def test_finished_images_that_are_lost_are_made_again() -> None:
+    wanted = run(recovery(), deep_teacher(), GROUPS[:3])
+    track = ToyTrack(kill_after=2 * M + 3)
+    with pytest.raises(Killed):
+        run(recovery(), deep_teacher(), GROUPS[:3], track)
+    track.children.clear()
+    track.kill_after = 0
+    assert torch.equal(run(recovery(), deep_teacher(), GROUPS[:3], track), wanted)
+    assert any("lost" in note for note in track.notes)
 
 
 def state_of(net: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[int], bool]:
