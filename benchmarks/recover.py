@@ -50,7 +50,7 @@ from distillery.data import DATASETS
 from distillery.data.real import Real
 from distillery.device import Compute, choose, hardware
 from distillery.errors import UserError
-from distillery.methods import Group, _recover
+from distillery.methods import Group, _packs, _recover
 from distillery.methods._views import ViewLaw, curriculum
 from distillery.nets import pretrained
 from distillery.rng import generator, seeded
@@ -374,12 +374,12 @@ def ways(asked: Setting, others: dict[str, Setting], steps: int) -> dict[str, Wa
 @contextlib.contextmanager
 def packing(wanted: bool) -> Iterator[None]:
     """Let groups share calls on a CPU too, where the library makes each alone so that its bytes are always the same."""
-    before = _recover.CPU_IMAGES
-    _recover.CPU_IMAGES = 10**9 if wanted else before
+    before = _packs.CPU_IMAGES
+    _packs.CPU_IMAGES = 10**9 if wanted else before
     try:
         yield
     finally:
-        _recover.CPU_IMAGES = before
+        _packs.CPU_IMAGES = before
 
 
 def clocked(way: Way, steps: int, device: torch.device) -> dict[str, float]:

@@ -22,6 +22,7 @@ and holds to this:
 - Any group made alone equals, bit for bit on CPU, the same images of a full run: randomness comes from
   `distillery.rng.generator(seed, METHOD, group)`, and what images share, they share within their group.
 - Side effects go through `track` alone; a long loop saves its state there and continues from it with the same result.
+  What it leaves there is cleared when the step has written the images.
 - A teacher that gives NaN stops the method with `NonFiniteLoss`.
 - It imports no other method; what several share lies in an underscore file.
 

@@ -15,13 +15,10 @@ Legend: M iterations, G groups in a pack, c classes of a group, s images of a cl
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +27,8 @@ from torch.nn import functional
 
 from distillery.data import augment
 from distillery.data.synthetic import Synthetic
-from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
-from distillery.methods import _selection
+from distillery.methods import _packs, _selection
 from distillery.methods._contract import Group, Teacher, in_order
 from distillery.methods._matching import Switch, Tap, norm_taps, norms, tapped
 from distillery.methods._views import ViewLaw, Views, back, draw, matrices, see
@@ -45,14 +41,7 @@ if TYPE_CHECKING:
 
 BETAS, EPS = (0.5, 0.9), 1e-8
 LOOK = 50  # steps between looks at the losses: each look waits for the device
-# Images of a pack on a CPU: a group goes alone. There a layer's last bit depends on how many images share its call
-# (Linear below four images, any batch with several threads), the loop makes visible differences of last bits, and a
-# group must be the same in whatever part it is made. A pack of 10 groups of 10 would save 10 to 25 % of the time.
-CPU_IMAGES = 1
-SMALL_PIXELS = 32 * 32**2  # of a group: below this a CPU works on several groups side by side
 STRIDE_PIXELS = 2**18  # image pixels of a group between two looks at the clock
-MEMORY_SHARE = 0.8  # of the free memory that a pack may fill
-CGROUP, UNKNOWN = Path("/sys/fs/cgroup"), 2**62
 
 
 @dataclass(frozen=True)
@@ -231,17 +220,30 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
     check_norms(recovery.name, teacher, recovery.norms)
     net_bytes = _selection.look(teacher, real).all_bytes
     kept, done, parts = _continued(track)
-    packs = _cut(part, kept[1]["sizes"]) if kept else _packs(recovery, part, net_bytes, teacher, track)
-    crew = _crew(teacher, packs)
+    if kept is not None:
+        packs = _packs.cut(part, kept[1]["sizes"])
+    else:
+        name, apart, late = recovery.name, recovery.ascent is not None, bool(recovery.starts)
+        packs = _packs.layout(name, part, teacher, net_bytes, track, alone=apart, same_slots=late)
+    crew = _packs.crew(teacher, packs)
     total, first = len(packs) * recovery.iterations, len(done)
     stored = first
     pixels = max(len(group.images) for group in part) * teacher.size**2
     stride = max(1, min(LOOK, STRIDE_PIXELS // pixels))
+    sizes = [len(each) for each in packs]
+
+    def keep(tensors: dict[str, Tensor], together: int, step: int) -> None:
+        nonlocal stored, parts
+        if len(done) > stored:
+            _finished(track, parts).save({str(place): done[place] for place in range(stored, len(done))}, {})
+            stored, parts = len(done), parts + 1
+        track.save(tensors, {"parts": parts, "together": together, "step": step, "sizes": sizes})
+
     with ThreadPoolExecutor(len(crew)) as pool:
         at = first
         while at < len(packs):
-            resumed = kept is not None and at == first
-            side = _beside(teacher, packs[at : at + len(crew)])
+            resumed = kept is not None and at == first and kept[1]["together"] > 0
+            side = _packs.beside(teacher, packs[at : at + len(crew)])
             if kept is not None and resumed:
                 side = min(side, int(kept[1]["together"]))
             runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
@@ -257,23 +259,16 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
                     step = min(recovery.iterations, step + stride)
                     _together(pool, runs, step)
                     track.log(at * recovery.iterations + len(runs) * step, total, **runs[0].said)
-                    last = step == recovery.iterations and at + len(runs) == len(packs)
-                    if track.due() and not last:
+                    if track.due() and step < recovery.iterations:
                         tensors: dict[str, Tensor] = {}
                         for place, run in enumerate(runs):
                             run.look()
                             tensors |= {f"run{place}/{name}": tensor for name, tensor in run.state().items()}
-                        if len(done) > stored:
-                            _finished(track, parts).save({str(p): done[p] for p in range(stored, len(done))}, {})
-                            stored, parts = len(done), parts + 1
-                        sizes = [len(each) for each in packs]
-                        values = {"parts": parts, "together": len(runs), "step": step, "sizes": sizes}
-                        track.save(tensors, values)
+                        keep(tensors, len(runs), step)
             done += [run.images_u8() for run in runs]
             at += len(runs)
-    track.clear()
-    for place in range(parts):
-        _finished(track, place).clear()
+            if track.due() or at >= len(packs):  # the caller has yet to write the images: until then they lie here
+                keep({}, 0, 0)
     made = dict(zip([image for group in part for image in group.images], torch.cat(done), strict=True))
     return torch.stack([made[image] for image in in_order(part)])
 
@@ -300,7 +295,7 @@ def _continued(track: Track) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] |
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
     """Bring every run to a step: a large one on a CPU with all threads, small ones with one thread each."""
-    if len(runs) == 1 and not _is_small(runs[0].teacher, runs[0].groups):
+    if len(runs) == 1 and not _packs.is_small(runs[0].teacher, runs[0].groups):
         runs[0].reach(step)
         return
     waiting = [pool.submit(_alone, run, step) for run in runs]
@@ -314,64 +309,6 @@ def _alone(run: _Pack, step: int) -> None:
     run.reach(step)
 
 
-def _is_small(teacher: Mate, pack: Sequence[Group]) -> bool:
-    """Whether a pack is worked on with one thread: sums over several threads differ from it in the last bit.
-
-    This depends on the pack alone, so that its images do not depend on what is made before, after or beside it.
-    """
-    on_cpu = teacher.compute.device.type == "cpu"
-    return on_cpu and all(len(group.images) * teacher.size**2 <= SMALL_PIXELS for group in pack)
-
-
-def _beside(teacher: Teacher, packs: Sequence[list[Group]]) -> int:
-    """How many of the next packs are worked on at the same time."""
-    if teacher.compute.device.type == "cuda":
-        return len(packs)
-    small = list(itertools.takewhile(lambda pack: _is_small(teacher, pack), packs))
-    return max(1, len(small))
-
-
-def _crew(teacher: Teacher, packs: list[list[Group]]) -> list[Mate]:
-    """The teacher once for each place where packs are worked on at the same time.
-
-    Several GPUs take packs in turn. On a CPU small groups are worked on side by side, one thread each: a convolution on
-    few images gains little from a second thread.
-    """
-    device = teacher.compute.device
-    if device.type == "cuda":
-        own = torch.cuda.current_device() if device.index is None else device.index
-        others = [place for place in range(torch.cuda.device_count()) if place != own][: len(packs) - 1]
-        return [teacher, *(_copy(teacher, torch.device("cuda", place)) for place in others)]
-    places = min(torch.get_num_threads(), sum(_is_small(teacher, pack) for pack in packs))
-    return [teacher, *(_copy(teacher, device) for _ in range(places - 1))]
-
-
-def _copy(teacher: Teacher, device: torch.device) -> _Crewmate:
-    """A teacher with nets of its own on a device."""
-    compute = replace(teacher.compute, device=device)
-    members = []
-    for member in teacher.members:
-        twin = copy.copy(member)
-        for name, value in {"net": compute.place(copy.deepcopy(member.net)), "compute": compute}.items():
-            object.__setattr__(twin, name, value)  # some teachers are frozen dataclasses
-        members.append(twin)
-    return _Crewmate(members, compute, teacher.size, teacher.mean, teacher.std)
-
-
-@dataclass(frozen=True)
-class _Crewmate:
-    """What the loop reads of a teacher."""
-
-    members: Sequence[Teacher]
-    compute: Compute
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-Mate = Teacher | _Crewmate
-
-
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -381,97 +318,10 @@ def as_set(images_u8: Tensor, part: Sequence[Group], **extras: Tensor) -> Synthe
     return Synthetic(images_u8, torch.tensor([cls for cls, _ in in_order(part)]), dict(extras))
 
 
-def planned_bytes(images: int, size: int, net_bytes: int) -> int:
-    """Memory of a pack: activations, and pixels, gradient and Adam's two moments in fp32."""
-    return images * (net_bytes + 8 * 3 * size * size * 4)
-
-
-def _packs(
-    recovery: Recovery, part: Sequence[Group], net_bytes: int, teacher: Teacher, track: Track
-) -> list[list[Group]]:
-    """Consecutive groups of equal shape that share calls of the teacher; says the planned peak.
-
-    Raises:
-        UserError: the memory does not hold one group.
-    """
-    largest = max(len(group.images) for group in part)
-    free = _free_bytes(teacher.compute.device)
-    per_image = planned_bytes(1, teacher.size, net_bytes)
-    fitting = int(MEMORY_SHARE * free) // per_image
-    if fitting < largest:
-        raise UserError(
-            f"{recovery.name}: one group of {largest} images needs about {largest * per_image / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free on {teacher.compute.device}; lower {_remedy(part)}, or use precision: "
-            "bf16"
-        )
-    most = min(fitting, CPU_IMAGES) if teacher.compute.device.type == "cpu" else fitting
-    packs: list[list[Group]] = []
-    for group in part:
-        last = packs[-1] if packs else []
-        alike = bool(last) and _shape(last[0]) == _shape(group)
-        if alike and recovery.starts:
-            alike = last[0].slots == group.slots
-        if alike and recovery.ascent is None and (len(last) + 1) * len(group.images) <= most:
-            last.append(group)
-        else:
-            packs.append([group])
-    images = max(sum(len(group.images) for group in pack) for pack in packs)
-    track.note(
-        f"{recovery.name}: {len(part)} groups of up to {largest} images in {len(packs)} packs, planned peak "
-        f"{images * per_image / 2**30:.2f} of {free / 2**30:.1f} GiB"
-    )
-    return packs
-
-
-def _remedy(part: Sequence[Group]) -> str:
-    """What makes the largest group smaller."""
-    largest = max(part, key=lambda group: len(group.images))
-    if len(largest.classes) > 1:
-        return f"its option batch (now groups of {len(largest.images)})"
-    return f"ipc (a group holds {len(largest.images)} images of one class)"
-
-
-def _cut(part: Sequence[Group], sizes: Sequence[int]) -> list[list[Group]]:
-    """The packs of a run that is continued (the free memory may have changed since)."""
-    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
-    return [list(part[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
-
-
-def _shape(group: Group) -> tuple[int, int]:
-    return len(group.classes), len(group.slots)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that a pack may take: of the GPU, or of the machine or container, whichever has less."""
-    if device.type == "cuda":
-        # What earlier work freed stays with PyTorch, which gives it out again.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return min(_machine_bytes(), _container_bytes(CGROUP))
-
-
-def _machine_bytes() -> int:
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return UNKNOWN  # not Linux
-
-
-def _container_bytes(cgroup: Path) -> int:
-    """What a pod's memory limit leaves; pages of files do not count, the kernel drops them first."""
-    try:
-        limit = int((cgroup / "memory.max").read_text())  # the text is "max" where there is no limit
-        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, limit - int(used["anon"]))
-    except (OSError, ValueError, KeyError):
-        return UNKNOWN
-
-
 class _Pack:
     """Groups that go through the loop together."""
 
-    def __init__(self, recovery: Recovery, teacher: Mate, groups: list[Group], seed: int) -> None:
+    def __init__(self, recovery: Recovery, teacher: _packs.Mate, groups: list[Group], seed: int) -> None:
         self.recovery, self.teacher, self.groups = recovery, teacher, groups
         device, size = teacher.compute.device, teacher.size
         double = any(p.dtype == torch.float64 for member in teacher.members for p in member.net.parameters())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from distillery.config import Count, Options, Positive, Weight, Whole
+from distillery.config import Count, Fraction, Options, Positive, Weight, Whole
 from distillery.data.synthetic import Synthetic
 from distillery.methods import _recover
 from distillery.methods._contract import Group, Needs, Teacher
@@ -38,6 +38,7 @@ class Config(Options):
     first_bn: Weight = Field(10.0, description="first_bn_multiplier: times the weight at the first layer (paper: 10)")
     batch: int = Field(100, ge=2, description="classes whose images are matched together (paper: 100)")
     jitter: Whole = Field(32, description="largest roll in pixels (paper: 32; up to 64 px: 4)")
+    flip: Fraction = Field(0.5, description="probability of a mirrored view (paper: 0.5)")
     mode: Literal["cosine", "linear", "step"] = Field(
         "cosine", description="how the crop's bound falls (paper: cosine)"
     )
@@ -48,7 +49,7 @@ RECIPES: dict[tuple[str, int], dict[str, Any]] = {
     ("cifar10", 0): {"iterations": 1000, "jitter": 4},
     ("cifar100", 0): {"iterations": 1000, "jitter": 4},
     ("fashion_mnist", 0): {"iterations": 1000, "jitter": 4},
-    ("digits", 0): {"iterations": 1000, "jitter": 4},
+    ("digits", 0): {"iterations": 1000, "jitter": 4, "flip": 0.0},
     ("tiny_imagenet", 0): {"lr": 0.4, "r_bn": 0.05, "jitter": 4},
 }
 
@@ -80,7 +81,7 @@ def synthesize(
         name="cda",
         iterations=cfg.iterations,
         lr=cfg.lr,
-        law=ViewLaw("rrc", curriculum(cfg.iterations, cfg.mode, cfg.milestone), 0.5, cfg.jitter),
+        law=ViewLaw("rrc", curriculum(cfg.iterations, cfg.mode, cfg.milestone), cfg.flip, cfg.jitter),
         init=_recover.noise("cda", seed, real.size),
         r_bn=cfg.r_bn,
         first_bn=cfg.first_bn,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from distillery.config import Count, Options, Positive, Weight, Whole
+from distillery.config import Count, Fraction, Options, Positive, Weight, Whole
 from distillery.data import augment
 from distillery.data.synthetic import Synthetic
 from distillery.errors import UserError
@@ -49,6 +49,7 @@ class Config(Options):
     first_bn: Weight = Field(10.0, description="first_bn_multiplier: times the weight at the first layer (paper: 10)")
     batch: int = Field(100, ge=2, description="images that are matched together, whole classes (paper: 100)")
     jitter: Whole = Field(0, description="largest roll in pixels (paper's scripts: 0)")
+    flip: Fraction = Field(0.5, description="probability of a mirrored view (paper: 0.5)")
     mode: Literal["cosine", "linear", "step", "constant"] = Field(
         "cosine", description="crop curriculum (paper: cosine)"
     )
@@ -56,10 +57,11 @@ class Config(Options):
 
 ONE = {"early_late": False}  # at IPC 1 a fixed number of iterations
 RECIPES: dict[tuple[str, int], dict[str, Any]] = {
+    ("digits", 0): {"flip": 0.0},  # ours: a mirrored 2 is no 2
     ("cifar10", 1): ONE | {"iterations": 2000},
     ("cifar100", 1): ONE | {"iterations": 2000},
     ("fashion_mnist", 1): ONE | {"iterations": 2000},
-    ("digits", 1): ONE | {"iterations": 2000},
+    ("digits", 1): ONE | {"iterations": 2000, "flip": 0.0},
     ("tiny_imagenet", 1): ONE | {"iterations": 500},
     ("imagenette", 1): ONE | {"iterations": 1000},
     ("imagefolder", 1): ONE | {"iterations": 3000},
@@ -128,7 +130,7 @@ def synthesize(
         name="delt",
         iterations=cfg.iterations,
         lr=cfg.lr,
-        law=ViewLaw("rrc", curriculum(length, cfg.mode).repeat(rounds), 0.5, cfg.jitter),
+        law=ViewLaw("rrc", curriculum(length, cfg.mode).repeat(rounds), cfg.flip, cfg.jitter),
         init=_recover.given(_recover.once(track, medians), teacher),
         r_bn=cfg.r_bn,
         first_bn=cfg.first_bn,

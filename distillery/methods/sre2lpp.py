@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from distillery.config import Count, Positive, Weight, Whole
+from distillery.config import Count, Fraction, Positive, Weight, Whole
 from distillery.data.synthetic import Synthetic
 from distillery.methods import _patches, _recover, _selection
 from distillery.methods._contract import Group, Needs, Teacher
@@ -40,6 +40,7 @@ class Config(_patches.Options):
     first_bn: Weight = Field(10.0, description="first_bn_multiplier: times the weight at the first layer (paper: 10)")
     batch: int = Field(100, ge=2, description="classes whose images are matched together (paper: 100)")
     jitter: Whole = Field(32, description="largest roll in pixels (paper: 32; up to 64 px: 4)")
+    flip: Fraction = Field(0.5, description="probability of a mirrored view (paper: 0.5)")
     init: Literal["medium", "easy"] = Field(
         "medium", description="first images: patches from the middle of the ranking, or the most realistic ones"
     )
@@ -50,7 +51,7 @@ RECIPES: dict[tuple[str, int], dict[str, Any]] = {
     ("cifar10", 0): SMALL,
     ("cifar100", 0): SMALL,
     ("fashion_mnist", 0): SMALL,
-    ("digits", 0): SMALL,
+    ("digits", 0): SMALL | {"flip": 0.0},
     ("tiny_imagenet", 0): SMALL,
 }
 
@@ -106,7 +107,7 @@ def synthesize(
         name="sre2lpp",
         iterations=cfg.iterations,
         lr=cfg.lr,
-        law=ViewLaw("rrc", curriculum(cfg.iterations, "constant"), 0.5, cfg.jitter),
+        law=ViewLaw("rrc", curriculum(cfg.iterations, "constant"), cfg.flip, cfg.jitter),
         init=_recover.given(_recover.once(track, patches), teacher),
         r_bn=cfg.r_bn,
         first_bn=cfg.first_bn,

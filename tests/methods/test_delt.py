@@ -11,7 +11,7 @@ from _toys import ToyTeacher, toy_pixels
 from torch import Tensor, nn
 
 from distillery.errors import UserError
-from distillery.methods import METHODS, Group, _recover, delt, median
+from distillery.methods import METHODS, Group, _packs, _recover, delt, median
 from distillery.methods._recover import Recovery
 from distillery.methods._views import ViewLaw, curriculum, draw
 from distillery.rng import generator
@@ -88,7 +88,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("schedule", ["global", "phase"])
 def test_the_teacher_sees_only_images_whose_time_has_come(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recover, "SMALL_PIXELS", 0)  # one group after the other, by this very teacher
+    monkeypatch.setattr(_packs, "SMALL_PIXELS", 0)  # one group after the other, by this very teacher
     net = Counting(deep_teacher(dtype=torch.float32).net)
     made(ToyTeacher(net, SIZE), schedule=schedule)
     wanted = [2 * sum(start <= step for start in STARTS) for step in range(M)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distillery.data.real import Real
-from distillery.methods import Group, _recover, dwa
+from distillery.methods import Group, _packs, _recover, dwa
 from distillery.methods._recover import Recovery
 from distillery.methods._views import ViewLaw, Views, curriculum, draw
 from distillery.rng import generator
@@ -136,7 +136,7 @@ def test_dwa_is_the_plain_loop_on_the_risen_weights(options: dict[str, Any], mon
 @pytest.mark.parametrize("images", [1, 1000])
 def test_every_group_starts_from_the_teachers_own_weights(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In whatever order and company, at the same bytes; the adjusted weights do matter."""
-    monkeypatch.setattr(_recover, "CPU_IMAGES", images)
+    monkeypatch.setattr(_packs, "CPU_IMAGES", images)
     together = made(deep_teacher(dtype=torch.float32))
     assert torch.equal(made(deep_teacher(dtype=torch.float32), [SECOND, FIRST]), together)
     assert torch.equal(made(deep_teacher(dtype=torch.float32), [SECOND]), together[2:])

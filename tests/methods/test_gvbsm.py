@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distillery import statistics
 from distillery.errors import UserError
-from distillery.methods import Group, _matching, _recover, _views, gvbsm
+from distillery.methods import Group, _matching, _packs, _recover, _views, gvbsm
 from distillery.methods.gvbsm import Config, PatchTap
 from distillery.rng import generator
 from distillery.track import Track
@@ -351,7 +351,7 @@ def test_every_part_of_the_loss_has_a_say_in_that_loop(change: tuple[str, float]
 def test_packs_change_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     sets = []
     for images in (1, 100):
-        monkeypatch.setattr(_recover, "CPU_IMAGES", images)
+        monkeypatch.setattr(_packs, "CPU_IMAGES", images)
         sets.append(recovered(LOUD, backbones()))
     assert torch.equal(*sets)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distillery import nets
 from distillery.device import Compute
 from distillery.errors import NonFiniteLoss, UserError
-from distillery.methods import Group, _recover, config_of, in_order, sre2l
+from distillery.methods import Group, _packs, _recover, config_of, in_order, sre2l
 from distillery.methods._matching import MomentTap, Tap, norms
 from distillery.methods._recover import Recovery, Seen
 from distillery.methods._views import ViewLaw, curriculum, draw
@@ -285,7 +285,7 @@ GROUPS = [Group((0, 1), range(slot, slot + 1)) for slot in range(5)] + [Group((2
 def test_a_pack_of_any_size_gives_the_same_bytes(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64; in float32 a CPU's kernels differ in the last bit from batch to batch (see the next test)."""
     alone = torch.cat([run(recovery(), deep_teacher(), [group]) for group in GROUPS[:5]])
-    monkeypatch.setattr(_recover, "CPU_IMAGES", images)
+    monkeypatch.setattr(_packs, "CPU_IMAGES", images)
     packs = spied(monkeypatch)
     found = run(recovery(), deep_teacher(), GROUPS)
     assert [image for pack in packs for group in pack for image in group.images] == [
@@ -339,7 +339,7 @@ def test_a_group_alone_is_the_same_to_the_last_bit(
     small: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, whatever else is made, before it or beside it, larger or smaller."""
-    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * SIZE**2)
+    monkeypatch.setattr(_packs, "SMALL_PIXELS", small * SIZE**2)
     wanted, found = recovery(iterations=4, **changes), last_pixels(monkeypatch)
     part = [Group((0, 1, 2, 3), range(slot, slot + 3)) for slot in (0, 3)]
     part += [Group(tuple(range(classes)), range(slot, slot + 1)) for classes in (3, 2, 1) for slot in (6, 7)]
@@ -352,7 +352,7 @@ def test_a_group_alone_is_the_same_to_the_last_bit(
 
 
 def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 10_000)
+    monkeypatch.setattr(_packs, "free_bytes", lambda _device: 10_000)
     with pytest.raises(
         UserError, match=r"toy: one group of 4 images needs about .* GiB .*lower its option batch \(now"
     ):
@@ -360,18 +360,18 @@ def test_memory_too_small_for_one_group_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_group_of_one_class_too_large_for_the_memory_needs_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recover, "_free_bytes", lambda _device: 10_000)
+    monkeypatch.setattr(_packs, "free_bytes", lambda _device: 10_000)
     with pytest.raises(UserError, match=r"one group of 9 images .*; lower ipc \(a group holds 9 images of one class\)"):
         run(recovery(), deep_teacher(), [Group((0,), range(9)), Group((1,), range(9))])
 
 
 def test_a_pack_fills_its_share_of_the_memory_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recover, "CPU_IMAGES", 1000)
+    monkeypatch.setattr(_packs, "CPU_IMAGES", 1000)
     packs, track = spied(monkeypatch), ToyTrack()
     part = [Group((0, 1, 2, 3), range(slot, slot + 1)) for slot in range(6)]
     net_bytes = _recover._selection.look(deep_teacher(), toy_pixels()).all_bytes
-    eight = _recover.planned_bytes(8, SIZE, net_bytes)
-    monkeypatch.setattr(_recover, "_free_bytes", lambda _device: int(eight / _recover.MEMORY_SHARE) + 8)
+    eight = _packs.planned_bytes(8, SIZE, net_bytes)
+    monkeypatch.setattr(_packs, "free_bytes", lambda _device: int(eight / _packs.MEMORY_SHARE) + 8)
     run(recovery(), deep_teacher(), part, track)
     assert [len(pack) for pack in packs] == [2, 2, 2]
     assert track.notes == ["toy: 6 groups of up to 4 images in 3 packs, planned peak 0.00 of 0.0 GiB"]
@@ -394,15 +394,15 @@ def test_a_pods_limit_counts_and_its_pages_of_files_do_not(
 ) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.stat").write_text(used)
-    monkeypatch.setattr(_recover, "CGROUP", tmp_path)
-    monkeypatch.setattr(_recover, "_machine_bytes", lambda: 5000)
-    assert _recover._free_bytes(torch.device("cpu")) == (5000 if free is None else free)
+    monkeypatch.setattr(_packs, "CGROUP", tmp_path)
+    monkeypatch.setattr(_packs, "machine_bytes", lambda: 5000)
+    assert _packs.free_bytes(torch.device("cpu")) == (5000 if free is None else free)
 
 
 def test_a_gpus_memory_that_earlier_work_freed_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 50}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
-    assert _recover._free_bytes(torch.device("cuda")) == 750
+    assert _packs.free_bytes(torch.device("cuda")) == 750
 
 
 def test_every_gpu_has_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,9 +410,9 @@ def test_every_gpu_has_the_teacher_once(monkeypatch: pytest.MonkeyPatch) -> None
     teacher = replace(deep_teacher(), compute=Compute(torch.device("cuda"), torch.float32))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(_recover, "_copy", lambda _teacher, device: device)
-    assert _recover._crew(teacher, [[ONE], [TWO]]) == [teacher, torch.device("cuda", 0)]
-    assert _recover._crew(teacher, [[ONE]]) == [teacher]
+    monkeypatch.setattr(_packs, "copy_of", lambda _teacher, device: device)
+    assert _packs.crew(teacher, [[ONE], [TWO]]) == [teacher, torch.device("cuda", 0)]
+    assert _packs.crew(teacher, [[ONE]]) == [teacher]
 
 
 def nan_at(step: int, group: Group) -> Callable[[Seen], Tensor]:
@@ -425,7 +425,7 @@ def nan_at(step: int, group: Group) -> Callable[[Seen], Tensor]:
 
 @pytest.mark.parametrize(("step", "group"), [(0, ONE), (7, TWO)])
 def test_nan_names_group_step_and_term(step: int, group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recover, "CPU_IMAGES", 1000)
+    monkeypatch.setattr(_packs, "CPU_IMAGES", 1000)
     wanted = recovery(terms={"calm": lambda seen: seen.views.mean((1, 2, 3, 4)), "wild": nan_at(step, group)})
     with pytest.raises(NonFiniteLoss, match=rf"toy: wild is nan at step {step} for {group.name}; .*lr \(now 0.25\)"):
         run(wanted, deep_teacher())
@@ -494,22 +494,25 @@ def test_a_killed_run_continues_to_the_same_bytes_whatever_memory_is_left(
 ) -> None:
     part = [Group((cls, cls + 1), range(4)) for cls in (0, 2)] * ("starts" in changes) or GROUPS[:4]
     wanted, packs = recovery(**changes), spied(monkeypatch)
-    monkeypatch.setattr(_recover, "SMALL_PIXELS", 0)  # one pack after the other
-    monkeypatch.setattr(_recover, "CPU_IMAGES", 4)
+    monkeypatch.setattr(_packs, "SMALL_PIXELS", 0)  # one pack after the other
+    monkeypatch.setattr(_packs, "CPU_IMAGES", 4)
     whole = run(wanted, deep_teacher(dtype=torch.float32), part)
+    every = packs.copy()
     for after in (3, 9, 10, 14):
         packs.clear()
         track = ToyTrack(kill_after=after)
         with pytest.raises(Killed):
             run(wanted, deep_teacher(dtype=torch.float32), part, track)
-        at_work, track.kill_after = packs[-1], 0
+        track.kill_after = 0
         packs.clear()
         with monkeypatch.context() as later:
-            later.setattr(_recover, "CPU_IMAGES", 1)
-            later.setattr(_recover, "_free_bytes", lambda _device: 0)
+            later.setattr(_packs, "CPU_IMAGES", 1)
+            later.setattr(_packs, "free_bytes", lambda _device: 0)
             assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
-        assert packs[0] == at_work, "the pack was cut anew"
-        assert track.state is None
+        assert packs == every[after // M :], "packs were cut anew, or made twice"
+        packs.clear()
+        assert torch.equal(run(wanted, deep_teacher(dtype=torch.float32), part, track), whole)
+        assert not packs, "finished images were made again before the caller could write them"
 
 
 class Weighed(ToyTrack):
@@ -532,11 +535,10 @@ def test_checkpoints_do_not_grow_with_what_is_finished(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     track = Weighed()
     found = run(recovery(), deep_teacher(), GROUPS[:5], track)
-    assert len(track.sizes) == 5 * M - 1
-    assert len(set(track.sizes)) == 1
+    assert len(track.sizes) == 5 * M
+    assert len(set(track.sizes)) == 2, "those within a group are alike, those between groups are empty"
     kept = [size for child in track.children.values() for size in child.sizes]  # type: ignore[attr-defined]
-    assert sum(kept) == found.numel() * 4 // 5, "the last group ends the step and needs no checkpoint"
-    assert all(child.state is None for child in track.children.values()), "files are left behind"
+    assert sum(kept) == found.numel(), "an image was written twice"
 
 
 def test_finished_images_that_are_lost_are_made_again() -> None:
@@ -704,7 +706,7 @@ def test_a_group_alone_is_the_same_whatever_threads_others_would_share(
     small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With several threads: a layer's sums over them differ from one thread's in the last bit."""
-    monkeypatch.setattr(_recover, "SMALL_PIXELS", small * 16**2)
+    monkeypatch.setattr(_packs, "SMALL_PIXELS", small * 16**2)
     real, threads = toy_pixels(size=16), torch.get_num_threads()
     with seeded(0, "threads"):
         net = nets.build("resnet20", 4, 16)
