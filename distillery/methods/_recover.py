@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -219,39 +219,21 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
     """
     check_norms(recovery.name, teacher, recovery.norms)
     net_bytes = _selection.look(teacher, real).all_bytes
-    kept, done, parts = _continued(track)
-    if kept is not None:
-        packs = _packs.cut(part, kept[1]["sizes"])
+    shelf = _Shelf(track)
+    if shelf.sizes:
+        packs = _packs.cut(part, shelf.sizes)
     else:
         name, apart, late = recovery.name, recovery.ascent is not None, bool(recovery.starts)
         packs = _packs.layout(name, part, teacher, net_bytes, track, alone=apart, same_slots=late)
-    crew = _packs.crew(teacher, packs)
-    total, first = len(packs) * recovery.iterations, len(done)
-    stored = first
+        shelf.sizes = [len(pack) for pack in packs]
+    crew, total = _packs.crew(teacher, packs), len(packs) * recovery.iterations
     pixels = max(len(group.images) for group in part) * teacher.size**2
     stride = max(1, min(LOOK, STRIDE_PIXELS // pixels))
-    sizes = [len(each) for each in packs]
-
-    def keep(tensors: dict[str, Tensor], together: int, step: int) -> None:
-        nonlocal stored, parts
-        if len(done) > stored:
-            _finished(track, parts).save({str(place): done[place] for place in range(stored, len(done))}, {})
-            stored, parts = len(done), parts + 1
-        track.save(tensors, {"parts": parts, "together": together, "step": step, "sizes": sizes})
-
     with ThreadPoolExecutor(len(crew)) as pool:
-        at = first
-        while at < len(packs):
-            resumed = kept is not None and at == first and kept[1]["together"] > 0
-            side = _packs.beside(teacher, packs[at : at + len(crew)])
-            if kept is not None and resumed:
-                side = min(side, int(kept[1]["together"]))
+        while (at := len(shelf.done)) < len(packs):
+            side = min(_packs.beside(teacher, packs[at : at + len(crew)]), shelf.together or len(crew))
             runs = [_Pack(recovery, mate, pack, seed) for mate, pack in zip(crew[:side], packs[at:], strict=False)]
-            step = 0
-            if kept is not None and resumed:
-                step = int(kept[1]["step"])
-                for place, run in enumerate(runs):
-                    run.restore(_below(kept[0], f"run{place}/"), step)
+            step = shelf.take_up(runs)
             with contextlib.ExitStack() as stack:
                 for run in runs:
                     stack.enter_context(run.ready())
@@ -260,37 +242,67 @@ def recover(recovery: Recovery, real: Real, teacher: Teacher, part: Sequence[Gro
                     _together(pool, runs, step)
                     track.log(at * recovery.iterations + len(runs) * step, total, **runs[0].said)
                     if track.due() and step < recovery.iterations:
-                        tensors: dict[str, Tensor] = {}
-                        for place, run in enumerate(runs):
-                            run.look()
-                            tensors |= {f"run{place}/{name}": tensor for name, tensor in run.state().items()}
-                        keep(tensors, len(runs), step)
-            done += [run.images_u8() for run in runs]
-            at += len(runs)
-            if track.due() or at >= len(packs):  # the caller has yet to write the images: until then they lie here
-                keep({}, 0, 0)
-    made = dict(zip([image for group in part for image in group.images], torch.cat(done), strict=True))
+                        shelf.keep(runs, step)
+            shelf.done += [run.images_u8() for run in runs]
+            if track.due() or len(shelf.done) == len(packs):  # until the caller has written the images, they lie here
+                shelf.keep([], 0)
+    made = dict(zip([image for group in part for image in group.images], torch.cat(shelf.done), strict=True))
     return torch.stack([made[image] for image in in_order(part)])
 
 
-def _finished(track: Track, part: int) -> Track:
-    """Where packs that were finished between two checkpoints are kept: written once, so that checkpoints stay small."""
-    return track.child(f"finished{part}")
+class _Shelf:
+    """What a killed loop finds again: the images of finished packs, and the state of those at work.
 
+    Attributes:
+        done: images of the finished packs.
+        sizes: groups of each pack; empty while nothing was kept.
+        together: packs at work at the last checkpoint; 0 when there were none, or they have been taken up.
+    """
 
-def _continued(track: Track) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[Tensor], int]:
-    """The checkpoint of the packs at work, the images of the finished ones, and in how many parts these are kept."""
-    kept = track.load()
-    if kept is None:
-        return None, [], 0
-    done: list[Tensor] = []
-    for part in range(int(kept[1]["parts"])):
-        found = _finished(track, part).load(quiet=True)
-        if found is None:
-            track.note("the images of finished groups are lost; starting this step from its beginning")
-            return None, [], 0
-        done += [found[0][place] for place in sorted(found[0], key=int)]
-    return kept, done, int(kept[1]["parts"])
+    def __init__(self, track: Track) -> None:
+        self._track, self._parts, self._stored = track, 0, 0  # parts written, and the finished packs in them
+        self._state, self._step = dict[str, Tensor](), 0
+        self.done, self.sizes, self.together = list[Tensor](), list[int](), 0
+        kept = track.load()
+        if kept is None:
+            return
+        done: list[Tensor] = []
+        for part in range(int(kept[1]["parts"])):
+            found = self._finished(part).load(quiet=True)
+            if found is None:
+                track.note("the images of finished groups are lost; starting this step from its beginning")
+                return
+            done += [found[0][place] for place in sorted(found[0], key=int)]
+        self._state, self._step, self._parts = kept[0], int(kept[1]["step"]), int(kept[1]["parts"])
+        self.done, self.sizes, self.together = done, list(kept[1]["sizes"]), int(kept[1]["together"])
+        self._stored = len(done)
+
+    def take_up(self, runs: Sequence[_Pack]) -> int:
+        """Bring the first packs to where they were; the step they are at."""
+        if not self.together:
+            return 0
+        for place, run in enumerate(runs):
+            prefix = f"run{place}/"
+            own = {k.removeprefix(prefix): tensor for k, tensor in self._state.items() if k.startswith(prefix)}
+            run.restore(own, self._step)
+        self._state, self.together = {}, 0
+        return self._step
+
+    def keep(self, runs: Sequence[_Pack], step: int) -> None:
+        """Write a checkpoint: images that were finished since the last one, once, and the packs at work."""
+        if len(self.done) > self._stored:
+            fresh = {str(place): self.done[place] for place in range(self._stored, len(self.done))}
+            self._finished(self._parts).save(fresh, {})
+            self._stored, self._parts = len(self.done), self._parts + 1
+        tensors: dict[str, Tensor] = {}
+        for place, run in enumerate(runs):
+            run.look()  # never a checkpoint behind a bad loss
+            tensors |= {f"run{place}/{name}": tensor for name, tensor in run.state().items()}
+        values = {"parts": self._parts, "together": len(runs), "step": step, "sizes": self.sizes}
+        self._track.save(tensors, values)
+
+    def _finished(self, part: int) -> Track:
+        return self._track.child(f"finished{part}")
 
 
 def _together(pool: ThreadPoolExecutor, runs: Sequence[_Pack], step: int) -> None:
@@ -307,10 +319,6 @@ def _alone(run: _Pack, step: int) -> None:
     if run.teacher.compute.device.type == "cpu":
         torch.set_num_threads(1)  # of this thread: the others compute beside it
     run.reach(step)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def as_set(images_u8: Tensor, part: Sequence[Group], **extras: Tensor) -> Synthetic:
