@@ -541,7 +541,8 @@ def test_checkpoints_do_not_grow_with_what_is_finished(monkeypatch: pytest.Monke
     assert sum(kept) == found.numel(), "an image was written twice"
 
 
-def test_finished_images_that_are_lost_are_made_again() -> None:
+def test_finished_images_that_are_lost_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one group after the other
     wanted = run(recovery(), deep_teacher(), GROUPS[:3])
     track = ToyTrack(kill_after=2 * M + 3)
     with pytest.raises(Killed):
