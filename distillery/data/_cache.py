@@ -1,0 +1,165 @@
+"""Blocks of published shards on the local disk: fetched once, verified, and evicted when the limit asks for it.
+
+An entry is named by the sha256 of its bytes, so equal blocks of different sets are one, and nobody's view can go stale.
+Any number of processes may share the folder: an entry appears whole, one process fetches it while the others wait, and
+one that vanishes between two looks is fetched again. The limit holds for decoded photos in the same cache too; at it,
+what was not used for longest goes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+
+from distillery.data import limits
+from distillery.errors import CorruptArtifact, UserError
+from distillery.files import OLD_PART, cache_root, disk
+
+SHARE = 4  # the free room is looked at again after a process has used this part of it
+LEVEL = 0.9  # of the limit, down to which one eviction goes
+STRIPES = 256  # locks for fetching: two processes seldom wait for each other's blocks
+
+
+class Cache:
+    """The data cache below `DISTILLERY_CACHE`. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._root, self.limit = cache_root(), limits.cache_bytes()
+        self._room = _Room(self._root, self.limit)
+        self._trusted: dict[str, tuple[int, int, int]] = {}  # sha256 -> inode, size, mtime of a file that was verified
+
+    def read(self, sha256: str, nbytes: int, part: slice, fetch: Callable[[], bytes]) -> bytes:
+        """Some bytes of a block, which is fetched when it is not there or not intact.
+
+        Args:
+            sha256: of the whole block.
+            nbytes: its length.
+            part: the bytes that are wanted.
+            fetch: gets the whole block from where it is published.
+
+        Raises:
+            CorruptArtifact: what `fetch` gives is not that block.
+            UserError: the block is larger than the cache may be. StoreError: the disk failed.
+        """
+        path = self._root / "shards" / sha256[:2] / sha256
+        found = self._kept(path, nbytes, part)
+        if found is not None:
+            return found
+        with disk(path), self._fetching(sha256):
+            found = self._kept(path, nbytes, part)
+            if found is None:
+                block = fetch()
+                if hashlib.sha256(block).hexdigest() != sha256:
+                    raise CorruptArtifact(f"has other bytes than when it was published (not sha256 {sha256[:12]})")
+                self._keep(path, block)
+                found = block[part]
+        return found
+
+    def has(self, sha256: str) -> bool:
+        """Whether the block lies here; it may be gone at the next look."""
+        return (self._root / "shards" / sha256[:2] / sha256).exists()
+
+    def make_room(self, nbytes: int) -> None:
+        """Evict until so many bytes can be added; see `_Room.take`."""
+        self._room.take(nbytes)
+
+    def _kept(self, path: Path, nbytes: int, part: slice) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._trusted.get(path.name) != state:
+                intact = stat.st_size == nbytes and hashlib.file_digest(file, "sha256").hexdigest() == path.name
+                if not intact:
+                    path.unlink(missing_ok=True)
+                    return None
+                self._trusted[path.name] = state
+            touch(file.fileno(), stat.st_mtime_ns)
+            return os.pread(file.fileno(), part.stop - part.start, part.start)
+        return None
+
+    def _keep(self, path: Path, block: bytes) -> None:
+        self.make_room(len(block))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            unfinished.write_bytes(block)  # not flushed to the disk: after a power cut its hash tells
+            stat = unfinished.stat()
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._trusted[path.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    @contextlib.contextmanager
+    def _fetching(self, sha256: str) -> Iterator[None]:
+        locks = self._root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(
+            locks / f"{int(sha256[:8], 16) % STRIPES:02x}"
+        ):  # ends with the process, however it ends
+            yield
+
+
+class _Room:
+    """What is left below the limit.
+
+    Looking at every file costs time, so a process looks again only after it has used a fourth of the room it saw: four
+    processes at once cannot pass the limit, more may for a moment, by a few percent.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        self._root, self._limit, self._spare = root, limit, 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> None:
+        """Evict until so many bytes can be added.
+
+        Raises:
+            UserError: they alone pass the limit.
+        """
+        if nbytes > self._limit:
+            raise UserError(
+                f"{limits.CACHE} is {self._limit} bytes, and one piece of data has {nbytes}; set it to many times that"
+            )
+        with self._lock:
+            if nbytes <= self._spare:
+                self._spare -= nbytes
+                return
+            self._root.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(self._root / "evict.lock"):
+                left = self._evict(nbytes)
+            self._spare = max(0, left - nbytes) // SHARE
+
+    def _evict(self, nbytes: int) -> int:
+        files = sorted(_entries(self._root))
+        total = sum(size for _, size, _ in files)
+        goal = min(self._limit - nbytes, int(LEVEL * self._limit)) if total > self._limit - nbytes else self._limit
+        for used, size, path in files:
+            if total <= goal:
+                break
+            if path.suffix != ".part" or time.time_ns() - used > OLD_PART * 1e9:  # someone is writing a younger one
+                path.unlink(missing_ok=True)
+                total -= size
+        return self._limit - total
+
+
+def touch(file: int | Path, mtime_ns: int) -> None:
+    """Note that a file was used now: its access time is the order of eviction, also where the disk keeps none."""
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # of another user, on a shared volume
+        os.utime(file, ns=(time.time_ns(), mtime_ns))
+
+
+def _entries(root: Path) -> Iterator[tuple[int, int, Path]]:
+    """Last use (ns), bytes and path of everything that counts."""
+    for folder in ("shards", "decoded"):
+        for path in (root / folder).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                if path.suffix != ".lock" and not path.is_dir():
+                    yield max(stat.st_atime_ns, stat.st_mtime_ns), stat.st_size, path
