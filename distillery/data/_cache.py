@@ -22,7 +22,6 @@ from distillery.data import limits
 from distillery.errors import CorruptArtifact, UserError
 from distillery.files import OLD_PART, cache_root, disk
 
-SHARE = 4  # the free room is looked at again after a process has used this part of it
 LEVEL = 0.9  # of the limit, down to which one eviction goes
 STRIPES = 256  # locks for fetching: two processes seldom wait for each other's blocks
 
@@ -68,7 +67,7 @@ class Cache:
 
     def make_room(self, nbytes: int) -> None:
         """Evict until so many bytes can be added; see `_Room.take`."""
-        self._room.take(nbytes)
+        self._room.take(nbytes, None)
 
     def _kept(self, path: Path, nbytes: int, part: slice) -> bytes | None:
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -85,10 +84,10 @@ class Cache:
         return None
 
     def _keep(self, path: Path, block: bytes) -> None:
-        self.make_room(len(block))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
+            self._room.take(len(block), unfinished)
             unfinished.write_bytes(block)  # not flushed to the disk: after a power cut its hash tells
             stat = unfinished.stat()
             unfinished.replace(path)
@@ -107,46 +106,59 @@ class Cache:
 
 
 class _Room:
-    """What is left below the limit.
+    """What is left below the limit, counted by all processes together in the file `used`.
 
-    Looking at every file costs time, so a process looks again only after it has used a fourth of the room it saw: four
-    processes at once cannot pass the limit, more may for a moment, by a few percent.
+    Looking at every file costs time, so the count is only corrected when it says that the cache is full, and when a
+    process begins; whatever ends between counting and writing makes it too high, never too low.
     """
 
     def __init__(self, root: Path, limit: int) -> None:
-        self._root, self._limit, self._spare = root, limit, 0
-        self._lock = threading.Lock()
+        self._root, self._limit, self._began = root, limit, False
+        self._file = root / "used"
 
-    def take(self, nbytes: int) -> None:
-        """Evict until so many bytes can be added.
+    def take(self, nbytes: int, part: Path | None) -> None:
+        """Evict until so many bytes can be added, and count them.
+
+        Args:
+            nbytes: at most the limit.
+            part: an unfinished file that gets this length at once, so that whoever corrects the count sees it.
 
         Raises:
-            UserError: they alone pass the limit.
+            UserError: more than the limit.
         """
         if nbytes > self._limit:
             raise UserError(
                 f"{limits.CACHE} is {self._limit} bytes, and one piece of data has {nbytes}; set it to many times that"
             )
-        with self._lock:
-            if nbytes <= self._spare:
-                self._spare -= nbytes
-                return
-            self._root.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(self._root / "evict.lock"):
-                left = self._evict(nbytes)
-            self._spare = max(0, left - nbytes) // SHARE
+        self._root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self._root / "used.lock"):
+            used = self._counted()
+            if used is None or used + nbytes > self._limit:
+                used = self._evict(nbytes)
+            self._file.write_text(str(used + nbytes))
+            if part is not None:
+                with part.open("wb") as file:
+                    file.truncate(nbytes)
+
+    def _counted(self) -> int | None:
+        began, self._began = self._began, True
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return int(self._file.read_text()) if began else None
+        return None
 
     def _evict(self, nbytes: int) -> int:
+        """Bytes that are left after enough was evicted."""
         files = sorted(_entries(self._root))
         total = sum(size for _, size, _ in files)
-        goal = min(self._limit - nbytes, int(LEVEL * self._limit)) if total > self._limit - nbytes else self._limit
+        if total + nbytes <= self._limit:
+            return total
         for used, size, path in files:
-            if total <= goal:
+            if total <= min(self._limit - nbytes, LEVEL * self._limit):
                 break
             if path.suffix != ".part" or time.time_ns() - used > OLD_PART * 1e9:  # someone is writing a younger one
                 path.unlink(missing_ok=True)
                 total -= size
-        return self._limit - total
+        return total
 
 
 def touch(file: int | Path, mtime_ns: int) -> None:

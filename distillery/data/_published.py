@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.data._shards import BLOCK, PHOTO_SHARD, Record, cut
+from distillery.data._shards import BLOCK, LISTS, PHOTO_SHARD, Record, cut
 
 if TYPE_CHECKING:
     from distillery.config import DatasetConfig
@@ -57,11 +57,12 @@ def publish(uri: str, key: str, state: dict[str, Any]) -> None:
     """Keep a finished preparation under its key."""
     from distillery.store import open_store  # only a published set needs the store
 
-    open_store(uri).write(_index(key), json.dumps(state, sort_keys=True, separators=(",", ":")).encode())
+    open_store(uri).write(_index(key), json.dumps(state, separators=(",", ":")).encode())
 
 
 def move(uri: str, path: Path, record: Record) -> Record:
-    """Move a shard to the store, unless it is there, and note its key and the hashes of its blocks."""
+    """Move a shard to the store, unless it is there, and note its key and the hashes of its blocks (long lists last, as
+    in a record that comes back from a checkpoint)."""
     from distillery.store import open_store  # only a published set needs the store
 
     store, key = open_store(uri), f"{record['sha256'][:20]}/{record['file']}"
@@ -72,7 +73,8 @@ def move(uri: str, path: Path, record: Record) -> Record:
     with path.open("rb") as file:
         hashes = [_hash(file, start, end) for start, end in spans]
     path.unlink()
-    return record | {"key": key, "block": BLOCK, "blocks": hashes}
+    facts = {name: value for name, value in record.items() if name not in LISTS}
+    return facts | {"key": key, "block": BLOCK, "blocks": hashes} | {name: record[name] for name in LISTS}
 
 
 def _hash(file: Any, start: int, end: int) -> str:

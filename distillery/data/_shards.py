@@ -22,6 +22,7 @@ PHOTO_SHARD = 256 * 2**20  # bytes
 PIXEL_SHARD = 128 * 2**20  # bytes; held in memory twice while it is written
 BLOCK = 4 * 2**20  # bytes of a photo shard that are fetched and verified at once
 HEADER = 512  # bytes of a tar header in ustar format with a short name
+LISTS = ("offsets", "sizes")  # long lists of a record; they travel as tensors in a checkpoint
 Record = dict[str, Any]  # one shard in data.json: file, images, bytes, sha256 and for photos offsets, sizes
 Seal = Callable[[Path, Record], None]
 

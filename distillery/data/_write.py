@@ -16,15 +16,13 @@ from distillery.data import _published
 from distillery.data._decode import Unreadable
 from distillery.data._items import SPLITS, Items
 from distillery.data._parallel import ordered
-from distillery.data._shards import PhotoWriter, PixelWriter, Record
+from distillery.data._shards import LISTS, PhotoWriter, PixelWriter, Record
 from distillery.errors import UserError
 from distillery.files import sha256_of
 
 if TYPE_CHECKING:
     from distillery.config import DatasetConfig
     from distillery.track import Track
-
-LISTS = ("offsets", "sizes")  # long lists of a record; they travel as tensors in the checkpoint
 
 
 @dataclass
