@@ -1,5 +1,6 @@
 """Photo shards by reference, on a real S3 server: published once, read through a bounded cache that others share."""
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from distillery.data import _cache, _items, _photos, _published, _shards, limits
 from distillery.data._cache import Cache
 from distillery.data.images import batches
 from distillery.data.real import Real, load
-from distillery.errors import CorruptArtifact, UserError
+from distillery.errors import CorruptArtifact, StoreError, UserError
 from distillery.store import open_store
 from distillery.track import Track
 
@@ -436,3 +437,26 @@ def test_a_block_larger_than_the_cache_is_refused(cache: Path, monkeypatch: pyte
     monkeypatch.setenv("DISTILLERY_CACHE_BYTES", "100")
     with pytest.raises(UserError, match="DISTILLERY_CACHE_BYTES is 100 bytes, and one piece of data has 200"):
         entry(Cache(), bytes(200))
+
+
+def test_a_full_disk_says_which_setting_to_lower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match="disk of .* is full .*DISTILLERY_CACHE_BYTES; lower that"):
+        entry(Cache(), bytes(200))
+    assert size_of(cache) == 0
+
+
+def test_an_index_cannot_name_files_outside(tmp_path: Path, source: Path, place: str, cache: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    with pytest.raises(CorruptArtifact, match="is no sha256"):
+        Cache().read(f"../../../{victim.name}", 8, slice(0, 4), lambda: b"")
+    assert victim.read_bytes() == b"precious"
+    made(tmp_path / "one", published(source, place))
+    text = (tmp_path / "one" / "data.json").read_text()
+    (tmp_path / "one" / "data.json").write_text(text.replace('"train-00000.tar"', '"../train-00000.tar"'))
+    with pytest.raises(CorruptArtifact, match="'../train-00000.tar', which is no plain file name"):
+        load(tmp_path / "one")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from pathlib import Path
 import filelock
 
 from distillery.data import limits
-from distillery.errors import CorruptArtifact, UserError
-from distillery.files import OLD_PART, cache_root, disk
+from distillery.errors import CorruptArtifact, StoreError, UserError
+from distillery.files import FULL, OLD_PART, cache_root, disk
 
 LEVEL = 0.9  # of the limit, down to which one eviction goes
 STRIPES = 256  # locks for fetching: two processes seldom wait for each other's blocks
@@ -44,10 +45,13 @@ class Cache:
             fetch: gets the whole block from where it is published.
 
         Raises:
-            CorruptArtifact: what `fetch` gives is not that block.
-            UserError: the block is larger than the cache may be. StoreError: the disk failed.
+            CorruptArtifact: what `fetch` gives is not that block, or `sha256` is none.
+            UserError: the block is larger than the cache may be. StoreError: the disk is full, or failed.
         """
-        path = self._root / "shards" / sha256[:2] / sha256
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a path
+            raise CorruptArtifact(f"{sha256!r} is no sha256 of a block")
+        self._room.check(nbytes)
+        path = self._path(sha256)
         found = self._kept(path, nbytes, part)
         if found is not None:
             return found
@@ -63,11 +67,14 @@ class Cache:
 
     def has(self, sha256: str) -> bool:
         """Whether the block lies here; it may be gone at the next look."""
-        return (self._root / "shards" / sha256[:2] / sha256).exists()
+        return self._path(sha256).exists()
 
     def make_room(self, nbytes: int) -> None:
         """Evict until so many bytes can be added; see `_Room.take`."""
         self._room.take(nbytes, None)
+
+    def _path(self, sha256: str) -> Path:
+        return self._root / "shards" / sha256[:2] / sha256
 
     def _kept(self, path: Path, nbytes: int, part: slice) -> bytes | None:
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -76,8 +83,7 @@ class Cache:
             if self._trusted.get(path.name) != state:
                 intact = stat.st_size == nbytes and hashlib.file_digest(file, "sha256").hexdigest() == path.name
                 if not intact:
-                    path.unlink(missing_ok=True)
-                    return None
+                    return None  # it stays until a good one takes its place: another thread may have just put it there
                 self._trusted[path.name] = state
             touch(file.fileno(), stat.st_mtime_ns)
             return os.pread(file.fileno(), part.stop - part.start, part.start)
@@ -91,6 +97,13 @@ class Cache:
             unfinished.write_bytes(block)  # not flushed to the disk: after a power cut its hash tells
             stat = unfinished.stat()
             unfinished.replace(path)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise StoreError(
+                f"the disk of {self._root} is full ({error}) before the data cache has the {self.limit} bytes of "
+                f"{limits.CACHE}; lower that, free space, or set DISTILLERY_CACHE to a folder on a larger disk"
+            ) from error
         finally:
             unfinished.unlink(missing_ok=True)
         self._trusted[path.name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -120,16 +133,13 @@ class _Room:
         """Evict until so many bytes can be added, and count them.
 
         Args:
-            nbytes: at most the limit.
+            nbytes: how many.
             part: an unfinished file that gets this length at once, so that whoever corrects the count sees it.
 
         Raises:
             UserError: more than the limit.
         """
-        if nbytes > self._limit:
-            raise UserError(
-                f"{limits.CACHE} is {self._limit} bytes, and one piece of data has {nbytes}; set it to many times that"
-            )
+        self.check(nbytes)
         self._root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self._root / "used.lock"):
             used = self._counted()
@@ -139,6 +149,13 @@ class _Room:
             if part is not None:
                 with part.open("wb") as file:
                     file.truncate(nbytes)
+
+    def check(self, nbytes: int) -> None:
+        """Refuse what can never fit."""
+        if nbytes > self._limit:
+            raise UserError(
+                f"{limits.CACHE} is {self._limit} bytes, and one piece of data has {nbytes}; set it to many times that"
+            )
 
     def _counted(self) -> int | None:
         began, self._began = self._began, True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -177,6 +177,9 @@ def load(folder: Path, track: Track | None = None) -> Real:
 
 def _split(folder: Path, index: dict[str, Any], name: str, track: Track) -> Split:
     facts = index["splits"][name]
+    for record in facts["shards"]:
+        if PurePosixPath(record["file"]).name != record["file"]:
+            raise CorruptArtifact(f"{folder / INDEX} names the shard {record['file']!r}, which is no plain file name")
     if index["kind"] == "photos":
         return PhotoSplit(folder, index["store"], name, facts, photo_side(index["size"]), track)
     return PixelSplit(facts["counts"], [folder / record["file"] for record in facts["shards"]])
