@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from _pictures import config, contents, folder, made, noise
 from _servers import Server, available, running
 from PIL import Image
 
+from distillery import artifact, run
 from distillery.config import DatasetConfig
 from distillery.data import _cache, _items, _photos, _published, _shards, limits, prepare
 from distillery.data._cache import Cache
@@ -351,6 +353,22 @@ def test_a_shard_that_changed_in_the_store_is_refused(tmp_path: Path, source: Pa
         real.images("train")[0][:]
 
 
+def test_a_store_that_is_killed_and_restarted_only_delays(
+    tmp_path: Path, source: Path, place: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = made(tmp_path / "one", published(source, place))
+    wanted = made(tmp_path / "inside", config("imagefolder", source, size=77)).images("train")[0][:]
+    monkeypatch.setattr(limits, "AHEAD", 2 * 3 * 88 * 88)
+    feed = batches(real.images("train")[0], torch.arange(27).split(3))
+    _, first = next(feed)
+    server.kill()
+    back = threading.Timer(1.0, server.start)
+    back.start()
+    rest = list(feed)
+    back.join()
+    assert torch.equal(torch.cat([first, *(found for _, found in rest)]), wanted)
+
+
 @pytest.mark.timeout(300)  # processes of their own, which import torch
 def test_two_pods_of_a_node_fetch_each_block_once(tmp_path: Path, source: Path, place: str, cache: Path) -> None:
     real = made(tmp_path / "one", published(source, place))
@@ -374,6 +392,41 @@ def test_a_pod_killed_while_it_fetches_holds_nobody_up(tmp_path: Path, source: P
     assert len(real.images("train")[0][:]) == 27
     assert time.monotonic() - began < 30
     assert len(blocks(cache)) == sum(len(record["blocks"]) for record in real._splits["train"]._shards)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_whole_run_gives_the_same_artifacts_however_little_fits(
+    tmp_path: Path, source: Path, place: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILLERY_LOG", "quiet")
+    text = f"""
+name: toy
+dataset: {{name: imagefolder, root: {source}, size: 70, store: "{place}"}}
+teacher: {{net: convnet2, net_options: {{width: 4}}, epochs: 2, batch: 9, lr: 0.02}}
+methods:
+  - {{method: median, ipc: [1]}}
+  - {{method: rded, ipc: [1], options: {{mipc: 4}}}}
+  - {{method: wmdd, ipc: [1], options: {{iterations: 2}}}}
+students:
+  - {{net: convnet2, net_options: {{width: 4}}, recipe: {{preset: rded, epochs: 2}}}}
+"""
+
+    def made_in(out: Path) -> dict[str, str]:
+        assert run.run(text, str(out)).failures == []
+        found = sorted(out.rglob("[1-5]-*/*/manifest.json"))
+        return {"/".join(path.parts[-3:-1]): artifact.read(path.parent).fingerprint for path in found}
+
+    monkeypatch.setenv("DISTILLERY_MEMORY_BYTES", "1G")
+    held = made_in(tmp_path / "held")
+    assert list((cache / "decoded").glob("*.u8"))
+    shutil.rmtree(cache)
+    monkeypatch.setenv("DISTILLERY_MEMORY_BYTES", "1K")
+    monkeypatch.setenv("DISTILLERY_CACHE_BYTES", str(3 * BLOCK))
+    assert made_in(tmp_path / "streamed") == held
+    assert len(held) == 1 + 1 + 1 + 3 * 3
+    assert not (cache / "decoded").exists()
+    assert size_of(cache) <= 3 * BLOCK
 
 
 # The cache itself
