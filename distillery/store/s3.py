@@ -106,6 +106,14 @@ class S3Store(Store):
         with self._errors(key):
             return b"".join(self._blocks(key))
 
+    def write(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self._client.put_object(self._bucket, self._name(key), io.BytesIO(data), len(data))
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(MissingKey), self._errors(key):
+            self._client.remove_object(self._bucket, self._name(key))
+
     def read_part(self, key: str, start: int, nbytes: int) -> bytes:
         data, heard = bytearray(), time.monotonic()
         with self._errors(key):
@@ -121,20 +129,13 @@ class S3Store(Store):
                         raise StoreError(f"{self.uri}/{key} ends before byte {start + nbytes}; it was cut or replaced")
                 except HTTPError as error:
                     heard = time.monotonic() if len(data) > before else heard
-                    if time.monotonic() - heard > self._http.patience or self._stop.wait(FIRST_PAUSE):
+                    if time.monotonic() - heard > self._http.patience:
                         raise GaveUp(f"{type(error).__name__}: {error}") from error
+                    time.sleep(FIRST_PAUSE)
                 finally:
                     answer.close()
                     answer.release_conn()
         return bytes(data[:nbytes])
-
-    def write(self, key: str, data: bytes) -> None:
-        with self._errors(key):
-            self._client.put_object(self._bucket, self._name(key), io.BytesIO(data), len(data))
-
-    def delete(self, key: str) -> None:
-        with contextlib.suppress(MissingKey), self._errors(key):
-            self._client.remove_object(self._bucket, self._name(key))
 
     def list(self, prefix: str = "") -> list[Entry]:
         root = join(self._prefix, "")
