@@ -346,12 +346,8 @@ class Client:
         """
         if self.namespace and "experiment_id" not in query:
             query["namespace"] = self.namespace
-        asked = {
-            "page_size": PAGE,
-            "sort_by": sort,
-            "filter": json.dumps({"predicates": where}) if where else "",
-            **query,
-        }
+        text = json.dumps({"predicates": where}) if where else ""
+        query |= {"page_size": PAGE, "sort_by": sort, "filter": text}
         token = ""
         while True:
             answer = self.get(f"/apis/v2beta1/{what}", {**query, "page_token": token})
