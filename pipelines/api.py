@@ -11,6 +11,7 @@ import os
 import ssl
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 from urllib.parse import quote, urlencode, urlsplit
@@ -497,6 +498,17 @@ def run_of(told: Mapping[str, Any]) -> Run:
         list(told.get("state_history") or []),
         dict(told),
     )
+
+
+def age(text: str) -> float:
+    """Seconds since a time as the API writes it; 0 for none."""
+    if not text or text.startswith("1970-"):
+        return 0.0
+    try:
+        then = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return 0.0
+    return (datetime.now(UTC) - then).total_seconds()
 
 
 def said(answer: urllib3.BaseHTTPResponse) -> str:
