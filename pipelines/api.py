@@ -241,7 +241,7 @@ class Client:
             raise NotFound(f"no experiment is called {name!r} on {self.to.endpoint}; give --experiment-name")
         try:
             return str(self.post("/apis/v2beta1/experiments", body)["experiment_id"])
-        except ApiError as error:  # somebody else made it in between
+        except (ApiError, BadRequest) as error:  # somebody else made it in between
             found = next(self.pages("experiments", where=[equals("display_name", name)]), None)
             if found is None:
                 raise error
@@ -387,9 +387,10 @@ class Client:
                 cause, sent = str(error), False
             except (HTTPError, OSError) as error:
                 cause = str(error) or type(error).__name__
-            pause = PAUSES[min(tries, len(PAUSES) - 1)]
-            if not (again or method == "GET" or not sent) or time.monotonic() + pause > until:
+            left = until - time.monotonic()
+            if not (again or method == "GET" or not sent) or left <= 0:
                 raise self._silent(cause, sent)
+            pause = min(PAUSES[min(tries, len(PAUSES) - 1)], left)
             tries += 1
             time.sleep(pause)
 

@@ -9,9 +9,9 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
-from distillery.errors import StoreError, UserError
+from distillery.errors import DistilleryError, StoreError, UserError
 from pipelines import package as packages
-from pipelines.api import Client, Run, Unreachable, contains
+from pipelines.api import Client, NotFound, Run, Unreachable, contains
 from pipelines.follow import Follower, explain
 from pipelines.options import connected
 from pipelines.retry import Limits
@@ -179,12 +179,13 @@ def follow(client: Client, run: Run, timeout: float, limits: Limits, interval: f
     follower = Follower(client, click.echo, interval, limits)
     try:
         ended = follower.wait(run.id, timeout)
-    except KeyboardInterrupt:
-        click.echo(
-            f"\nthe run goes on; `python -m pipelines status {run.id}` tells about it, `logs {run.id} --follow` shows "
-            f"what it prints, `cancel {run.id}` ends it",
-            err=True,
-        )
+    except (KeyboardInterrupt, DistilleryError) as error:
+        if not isinstance(error, NotFound):
+            click.echo(
+                f"\nthe run goes on; `python -m pipelines status {run.id}` tells about it, `logs {run.id} --follow` "
+                f"shows what it prints, `cancel {run.id}` ends it",
+                err=True,
+            )
         raise
     if ended.state == "SUCCEEDED":
         click.echo(f"{ended.name}: SUCCEEDED\n  {client.link(ended.id)}")
@@ -193,7 +194,7 @@ def follow(client: Client, run: Run, timeout: float, limits: Limits, interval: f
         click.echo(f"{ended.name}: still {ended.state} after {timeout:.0f} s; it goes on, see {client.link(ended.id)}")
         return 1
     click.echo(f"{ended.name}: {ended.state}", err=True)
-    for line in explain(client, ended):
+    for line in follower.patiently(lambda: explain(client, ended)):
         click.echo(line, err=True)
     return 1
 
