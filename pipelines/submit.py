@@ -18,6 +18,7 @@ from pipelines.retry import Limits
 
 MARK = "distillery-key:"  # in the description of a run, so that it can be found again
 MAX_TEXT = 100_000  # bytes of an experiment: KFP passes no more between steps
+SETTLE = 1.2  # seconds after which two runs of the same second see each other: the API tells no finer time
 BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of these answers for its key
 
 
@@ -153,7 +154,7 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
     """
     if not again and (found := oldest(client, mark)):
         return found, False
-    before = set() if not again else {run.id for run in client.runs([contains("description", mark)])}
+    before = {run.id for run in client.runs([contains("description", mark)])}
     try:
         run = client.create_run(body)
     except Unreachable as error:
@@ -161,7 +162,10 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
             raise
         arrived = [run for run in client.runs([contains("description", mark)]) if run.id not in before]
         run = arrived[-1] if arrived else client.create_run(body)
-    first = run if again else oldest(client, mark) or run
+    if again:
+        return run, True
+    time.sleep(SETTLE)
+    first = oldest(client, mark) or run
     if first.id != run.id:
         client.terminate(run.id)
         client.delete_run(run.id)
