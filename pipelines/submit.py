@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 
 from distillery.errors import DistilleryError, StoreError, UserError
-from pipelines import package as packages
+from pipelines import compiled
 from pipelines.api import Client, NotFound, Run, Unreachable, contains
 from pipelines.follow import Follower, explain
 from pipelines.options import connected
@@ -23,7 +23,7 @@ BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of thes
 
 
 @click.command()
-@click.argument("package", type=click.Path(path_type=Path), default=packages.DISTILL, metavar="[PACKAGE]")
+@click.argument("package", type=click.Path(path_type=Path), default=compiled.DISTILL, metavar="[PACKAGE]")
 @click.option("-x", "--experiment-yaml", "experiment", metavar="EXPERIMENT", help="YAML file, URI or shipped name.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Replace a value of the experiment.")
 @click.option("--param", "params", metavar="NAME=VALUE", multiple=True, help="A parameter of the pipeline.")
@@ -69,7 +69,7 @@ def submit(
     """
     if retries and not wait:
         raise UserError(f"--retries {retries}: somebody has to watch; add --wait, or leave it to `watch`")
-    chosen = packages.load(package).changed(parallelism or 0, not no_cache)
+    chosen = compiled.load(package).changed(parallelism or 0, not no_cache)
     parameters, title = arguments(chosen, experiment, list(changes), list(params), profile)
     body: Dict[str, Any] = {"pipeline_spec": chosen.document(), "runtime_config": {"parameters": parameters}}
     if pipeline_root:
@@ -88,7 +88,7 @@ def submit(
 
 
 def arguments(
-    chosen: packages.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
+    chosen: compiled.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
 ) -> Tuple[Dict[str, Any], str]:
     """The pipeline's parameters, checked, and a title for the run.
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from _kfp_api import Act, FakeKfp
 
-from pipelines import follow, package
+from pipelines import compiled, follow
 from pipelines import submit as submitting
 from pipelines.__main__ import main
 from pipelines.api import Client, Run, connection
@@ -155,7 +155,7 @@ def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_p
 
 @pytest.mark.slow  # importing kfp takes 3 to 10 s
 def test_the_plain_command_of_kfp_sends_the_same(kfp: FakeKfp, tmp_path: Path) -> None:
-    path = str(package.DISTILL)
+    path = str(compiled.DISTILL)
     assert submit(kfp, path, "-x", str(ROOT / "pipelines/experiments/demo.yaml")) == 0
     text = (ROOT / "pipelines/experiments/demo.yaml").read_text()
     command = [str(Path(sys.executable).with_name("kfp")), "--endpoint", kfp.endpoint, "run", "create"]
