@@ -43,10 +43,13 @@ def body(name: str) -> list[ast.stmt]:
     return function.body[1:] if ast.get_docstring(function) else function.body
 
 
+PLANNED = ("upstream", "gathering", "prepare_cpu", "prepare_memory", "gather_cpu", "gather_memory", "gather_gpus")
+
+
 def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]], str, str]:
     """The cells, and the texts that `plan` gives for data and teachers."""
     tmp_path.mkdir(exist_ok=True)
-    cells = components.plan.python_func(text, str(tmp_path / "upstream"), str(tmp_path / "gathering"), **more)
+    cells = components.plan.python_func(text, *(str(tmp_path / name) for name in PLANNED), **more)
     return cells, (tmp_path / "upstream").read_text(), (tmp_path / "gathering").read_text()
 
 
