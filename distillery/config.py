@@ -197,6 +197,9 @@ class Cell(Strict):
     synthesize_cpu: str = ""  # what the step's pod asks for, see profiles.py
     synthesize_memory: str = ""
     synthesize_gpus: str = ""
+    gather_pieces_cpu: str = ""
+    gather_pieces_memory: str = ""
+    gather_pieces_gpus: str = ""
     relabel_cpu: str = ""
     relabel_memory: str = ""
     relabel_gpus: str = ""

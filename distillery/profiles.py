@@ -17,7 +17,7 @@ from distillery.errors import UserError, choices, nearest
 CPU = re.compile(r"^\d+(\.\d+)?$|^\d+m$")
 MEMORY = re.compile(r"^\d+(\.\d+)?([kMGT]|[KMGT]i)?$")
 GPUS = re.compile(r"^\d*$")
-CELL_STEPS = ("synthesize", "relabel", "evaluate_student")
+CELL_STEPS = ("synthesize", "gather_pieces", "relabel", "evaluate_student")
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def of_cell(wanted: Experiment, cell: Cell, wish: Wish) -> dict[str, Ask]:
         UserError: device cuda, and cell_gpus 0.
     """
     row, found = profile_of(wanted, wish), {}
-    for step, heavy in zip(CELL_STEPS, (row.images, row.students, row.students), strict=True):
-        working = computes(step, cell)
+    for step in CELL_STEPS:
+        working, heavy = computes(step, cell), row.images if step == "synthesize" else row.students
         ask = _with_gpus(heavy if working else row.light, wanted.device, wish.cell_gpus, "cell", working)
         found[step] = wish.change("cell", ask)
     return found
@@ -191,6 +191,8 @@ def table(wanted: Experiment, cells: list[Cell], gathering: bool) -> str:
     for step in CELL_STEPS:
         lines[step] = {}
         for cell in cells:
+            if step == "gather_pieces" and cell.shards == 1:
+                continue
             ask = Ask(*(getattr(cell, f"{step}_{one.name}") for one in fields(Ask)))
             names = lines[step].setdefault(str(ask), [])
             names += [cell.method] if cell.method not in names else []

@@ -37,6 +37,6 @@ def distill_sharded(  # docs/resources.md says what each one is
     bundle = fit(bundle_pieces(made=dsl.Collected(made.output)), pods).outputs["pieces"]
     with dsl.ParallelFor(cells, parallelism=CELLS_AT_ONCE) as c:
         own = pods_of(c, "relabel", "evaluate_student")
-        gathering = {"synthesize_cpu": c.synthesize_cpu, "synthesize_memory": c.synthesize_memory}  # and no GPU
-        one = sharded_cell(cell=c, pieces=bundle, **own, **gathering, **known)
+        own.update(gather_pieces_cpu=c.gather_pieces_cpu, gather_pieces_memory=c.gather_pieces_memory)  # and no GPU
+        one = sharded_cell(cell=c, pieces=bundle, **own, **known)
     after_cells(experiment, dsl.Collected(one.output), pods, code)

@@ -40,8 +40,8 @@ def piece(
 @dsl.pipeline(name="sharded-cell")
 def sharded_cell(
     cell: dict,
-    synthesize_cpu: str,
-    synthesize_memory: str,
+    gather_pieces_cpu: str,
+    gather_pieces_memory: str,
     relabel_cpu: str,
     relabel_memory: str,
     relabel_gpus: str,
@@ -66,7 +66,7 @@ def sharded_cell(
     pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
     store = {"s3_endpoint": s3_endpoint, "s3_region": s3_region, "checkpoints": checkpoints}
     known = {"cell": cell, "teachers": teachers, "attempt": attempt, **store}
-    made = fit(gather_pieces(data=data, pieces=pieces, **known), pods, synthesize_cpu, synthesize_memory)
+    made = fit(gather_pieces(data=data, pieces=pieces, **known), pods, gather_pieces_cpu, gather_pieces_memory)
     labelling = (relabel_cpu, relabel_memory, relabel_gpus)
     judging = (evaluate_student_cpu, evaluate_student_memory, evaluate_student_gpus)
     return judge(made.outputs["synthetic"], data, known, pods, labelling, judging)
