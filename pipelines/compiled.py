@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import yaml
 
 from distillery.errors import UserError, choices, nearest
+from pipelines import package
 
 DISTILL = Path(__file__).with_name("distill_pipeline.yaml")
 SCHEMA = "2.1"
@@ -89,20 +90,20 @@ class Package:
             raise UserError(f"--param {name}={text!r}: the pipeline wants {WORDS.get(kind, kind)} here")
         return value
 
-    def changed(self, parallelism: int = 0, caching: bool = True) -> "Package":
-        """The package with another number of pods at once in its loops, or without KFP's cache.
+    def changed(self, queue: str = "", pull_secret: str = "", parallelism: int = 0, caching: bool = True) -> "Package":
+        """A copy with what KFP takes only as a constant.
 
         Args:
-            parallelism: turns of a loop that run at once; 0 = as compiled.
+            queue, pull_secret, parallelism: see `package.changed`.
             caching: False runs every step, whatever KFP has seen before.
         """
-        spec = copy.deepcopy(self.spec)
-        for task in tasks(spec):
-            if parallelism and ("parameterIterator" in task or "artifactIterator" in task):
-                task.setdefault("iteratorPolicy", {})["parallelismLimit"] = parallelism
+        documents = copy.deepcopy([self.spec, *([self.platform] if self.platform else [])])
+        if queue or pull_secret or parallelism:
+            documents = package.changed(documents, queue, pull_secret, parallelism)
+        for task in tasks(documents[0]):
             if not caching:
                 task["cachingOptions"] = {}
-        return Package(self.path, spec, self.platform)
+        return Package(self.path, documents[0], documents[1] if self.platform else {})
 
 
 def tasks(spec: Mapping[str, Any]) -> List[Dict[str, Any]]:

@@ -29,6 +29,8 @@ BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of thes
 @click.option("--param", "params", metavar="NAME=VALUE", multiple=True, help="A parameter of the pipeline.")
 @click.option("--profile", default="", help="Hardware profile, instead of the experiment's.")
 @click.option("--parallelism", type=click.IntRange(1, 1000), help="Turns of each loop that run at once.")
+@click.option("--queue", default="", help="Kueue's LocalQueue that lets the pods in.")
+@click.option("--pull-secret", default="", help="Secret with the image registry's credentials.")
 @click.option("--name", default="", help="The run's name; default: the experiment's, and the time.")
 @click.option("-e", "--experiment-name", default="", help="KFP's experiment that holds the run; default: distill.")
 @click.option("--pipeline-root", default="", help="Where artifacts go, for example s3://bucket/prefix.")
@@ -50,6 +52,8 @@ def submit(
     params: Tuple[str, ...],
     profile: str,
     parallelism: Optional[int],
+    queue: str,
+    pull_secret: str,
     name: str,
     experiment_name: str,
     pipeline_root: str,
@@ -69,7 +73,7 @@ def submit(
     """
     if retries and not wait:
         raise UserError(f"--retries {retries}: somebody has to watch; add --wait, or leave it to `watch`")
-    chosen = compiled.load(package).changed(parallelism or 0, not no_cache)
+    chosen = compiled.load(package).changed(queue, pull_secret, parallelism or 0, not no_cache)
     parameters, title = arguments(chosen, experiment, list(changes), list(params), profile)
     body: Dict[str, Any] = {"pipeline_spec": chosen.document(), "runtime_config": {"parameters": parameters}}
     if pipeline_root:

@@ -52,6 +52,7 @@ PACKAGE = {
 }
 
 
+PLATFORM = {"platforms": {"kubernetes": {"deploymentSpec": {"executors": {"exec-plan": {}}}}}}
 SETTLE = submitting.SETTLE
 
 
@@ -67,7 +68,7 @@ def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKfp]:
 def tiny(tmp_path: Path) -> str:
     """A small package."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump_all([PACKAGE, {"platforms": {"kubernetes": {"deploymentSpec": {}}}}]))
+    path.write_text(yaml.safe_dump_all([PACKAGE, PLATFORM]))
     return str(path)
 
 
@@ -126,8 +127,12 @@ def test_a_file_is_sent_as_its_text_and_parameters_have_their_types(kfp: FakeKfp
 
 def test_everything_else_that_can_be_asked_for(kfp: FakeKfp, tiny: str) -> None:
     words = ["--parallelism", "2", "--no-cache", "--name", "n", "-e", "group", "--service-account", "me"]
+    words += ["--queue", "gpus", "--pull-secret", "registry"]
     assert submit(kfp, tiny, "-x", "demo", *words, "--pipeline-root", "s3://b/p") == 0
     (body,) = sent(kfp)
+    pod = body["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-plan"]
+    assert pod["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+    assert pod["imagePullSecret"][0]["secretName"] == "registry"
     spec = body["pipeline_spec"]["pipeline_spec"]
     assert spec["root"]["dag"]["tasks"]["for-loop-1"]["iteratorPolicy"] == {"parallelismLimit": 2}
     assert "iteratorPolicy" not in spec["root"]["dag"]["tasks"]["plan"]
@@ -138,9 +143,9 @@ def test_everything_else_that_can_be_asked_for(kfp: FakeKfp, tiny: str) -> None:
 
 
 def test_changes_to_the_experiment_travel_in_its_text(kfp: FakeKfp, tiny: str, mine: str) -> None:
-    assert submit(kfp, tiny, "-x", mine, "--set", "methods.0.ipc=[2]", "--profile", "gpu") == 0
+    assert submit(kfp, tiny, "-x", mine, "--set", "methods.0.ipc=[2]", "--profile", "a10") == 0
     text = yaml.safe_load(sent(kfp)[0]["runtime_config"]["parameters"]["experiment"])
-    assert (text["methods"][0]["ipc"], text["profile"]) == ([2], "gpu")
+    assert (text["methods"][0]["ipc"], text["profile"]) == ([2], "a10")
 
 
 def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_path: Path, mine: str) -> None:
@@ -148,8 +153,8 @@ def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_p
     spec["root"]["inputDefinitions"]["parameters"]["profile"] = {"parameterType": "STRING", "defaultValue": ""}
     path = tmp_path / "profiled.yaml"
     path.write_text(yaml.safe_dump(spec))
-    assert submit(kfp, str(path), "-x", mine, "--profile", "gpu") == 0
-    assert sent(kfp)[0]["runtime_config"]["parameters"] == {"experiment": EXPERIMENT, "profile": "gpu"}
+    assert submit(kfp, str(path), "-x", mine, "--profile", "a10") == 0
+    assert sent(kfp)[0]["runtime_config"]["parameters"] == {"experiment": EXPERIMENT, "profile": "a10"}
     assert submit(kfp, str(path), "-x", mine, "--profile", "tpu") == 2
 
 
