@@ -245,6 +245,17 @@ def test_a_wrong_token_is_said_without_showing_it(tiny: str, capsys: pytest.Capt
         assert submit(kfp, tiny, "--existing-token", "right") == 0
 
 
+def test_a_kubeflow_with_many_users_wants_a_namespace(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeKfp(multi_user=True, namespaces=("me",)) as kfp:
+        assert submit(kfp, tiny) == 2
+        assert "give --namespace" in capsys.readouterr().err
+        assert submit(kfp, tiny, "-n", "you") == 2
+        assert "namespace 'you' must exist" in capsys.readouterr().err
+        assert submit(kfp, tiny, "-n", "me", "--wait") == 0
+        assert main(["status", "-n", "me", "--endpoint", kfp.endpoint]) == 0
+        assert "SUCCEEDED" in capsys.readouterr().out
+
+
 # Once
 
 
