@@ -22,7 +22,7 @@ def image(path: Path = IMAGE_ENV) -> str:
     text = path.read_text(encoding="utf-8").strip()
     key, _, value = text.partition("=")
     if key != "IMAGE" or len(value.split()) != 1:
-        raise ValueError(f"{path} holds {text!r}; it must be one line, IMAGE=name:tag or IMAGE=registry/name@sha256:...")
+        raise ValueError(f"{path} holds {text!r}; it must be one line: IMAGE=name:tag or IMAGE=name@sha256:...")
     return value
 
 

@@ -32,7 +32,7 @@ packages() {
 }
 
 code() {
-  tools/bin/python -m pip wheel --no-index --no-deps --no-build-isolation --wheel-dir wheels source
+  tools/bin/python -m pip wheel --no-index --no-deps --no-build-isolation --wheel-dir wheels ./source
   into --no-index --prefix /code wheels/*.whl
 }
 

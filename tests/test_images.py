@@ -1,4 +1,4 @@
-"""The image's recipe and `make image`, without a container engine: what is pinned, passed, kept out and written down."""
+"""The image's recipe and `make image`, without an engine: what is pinned, passed, kept out and written down."""
 
 import os
 import re
@@ -99,7 +99,7 @@ def test_the_file_of_the_image_is_what_pipelines_name() -> None:
 @pytest.mark.parametrize("text", ["", "IMAGE=", "IMAGE=a b", "OTHER=a:1", "IMAGE=a:1\nIMAGE=b:1"])
 def test_file_that_names_no_single_image_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "image.env").write_text(text)
-    with pytest.raises(ValueError, match=r"image\.env holds .* it must be one line"):
+    with pytest.raises(ValueError, match=r"image\.env holds .* it must be one line: "):
         image(tmp_path / "image.env")
 
 
