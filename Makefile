@@ -21,7 +21,7 @@ COMPILE = $(UV) pip compile --universal --python-version 3.11 --generate-hashes 
 ENGINE := docker
 VARIANT := gpu
 BUILD = python3 -m images.build --engine '$(ENGINE)' --base '$(BASE)' --variant '$(VARIANT)' --network '$(NETWORK)' \
-	--ca '$(CA)' --pip-conf '$(PIP_CONF)' --torch-index '$(TORCH_INDEX)'
+	--ca '$(CA)' --pip-conf '$(PIP_CONF)' --torch-index '$(TORCH_INDEX)' --platform '$(PLATFORM)'
 
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 

@@ -13,7 +13,6 @@ import pytest
 from kfp import dsl
 
 import components
-import distillery
 from components._step import facts
 from components.evaluate_student import scores
 from distillery import artifact, experiment, methods
