@@ -76,7 +76,9 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--platform", default="", help="of the cluster's nodes where it is not this machine's: linux/amd64"
     )
-    words = [word for key, word in zip(given[::2], given[1::2], strict=True) if word for word in (key, word)]
+    words = list(given)
+    while "" in words:
+        del words[words.index("") - 1 : words.index("") + 1]
     asked = parser.parse_args(words)
     if asked.push and ("@" in asked.push or ":" in asked.push.rpartition("/")[2]):
         parser.error(f"PUSH={asked.push}: give registry/name alone; the tag is made from the code's version")
