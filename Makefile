@@ -3,12 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format compile lock minio clean
+.PHONY: help setup demo test lint format compile lock minio kube clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
 MINIO_VERSION := v0.0.0-20260212201848-7aac2a2c5b7c
 MINIO := .tools/bin/minio
+KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds
+KUEUE_VERSION := v0.15.0
+KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36
 
 # A pyenv shim answers `command -v` for a uv that cannot start, so it is asked for its version.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/uv/bin/uv)
@@ -49,6 +52,8 @@ lock: $(UV) ## resolve the newest allowed packages into the hashed requirement f
 
 minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go; about 6 minutes once)
 
+kube: $(KUBE) ## build the Kubernetes API server that ARGS="-m cluster" talks to (needs Go; about 20 minutes once)
+
 clean: ## remove caches and .venv; runs/ and .tools/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist local_outputs
 	@find . -name __pycache__ -type d -not -path './.tools/*' -prune -exec rm -rf {} +
@@ -77,3 +82,17 @@ $(MINIO):
 	@echo "building MinIO $(MINIO_VERSION): about 6 minutes on 2 cores the first time" >&2
 	@mkdir -p $(@D)
 	@GOBIN=$(CURDIR)/$(@D) go install github.com/minio/minio@$(MINIO_VERSION)
+
+# One package at a time: the compiler takes 2 GiB for some of them.
+.tools/bin/kube-apiserver: tests/kube/go.mod
+	@echo "building kube-apiserver: about 20 minutes on 2 cores the first time" >&2
+	@cd tests/kube && go build -p 1 -trimpath -ldflags '$(KUBE_LDFLAGS)' -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/kube-apiserver
+
+.tools/bin/etcd: tests/kube/go.mod
+	@cd tests/kube && go build -trimpath -ldflags '-s -w' -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
+
+# Kueue's objects cannot be checked without its definitions.
+.tools/crds:
+	@mkdir -p $@
+	@found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json sigs.k8s.io/kueue@$(KUEUE_VERSION) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
+	install -m 644 "$$found"/config/components/crd/bases/*.yaml $@/
