@@ -97,7 +97,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     with ExitStack() as stack:
         for name, command in (("etcd", store), ("kube-apiserver", api)):
             log = stack.enter_context((folder / f"{name}.log").open("wb"))
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "GOMAXPROCS": "2"})
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "GOMAXPROCS": "2"}
+            )
             stack.callback(stop, process)
         wait(f"{server}/readyz", process, folder / "kube-apiserver.log")
         yield Cluster(kubeconfig)

@@ -11,7 +11,17 @@ import yaml
 from kubernetes_validate import utils
 
 from pipelines.resources import SECRET
-from tests._manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, pod_templates, write_kustomization
+from tests._manifests import (
+    K8S,
+    NAMESPACE,
+    OVERLAYS,
+    ROOT,
+    Doc,
+    build,
+    combinations,
+    pod_templates,
+    write_kustomization,
+)
 
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 FOREIGN = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}  # Kueue's; the API server test has its definitions
