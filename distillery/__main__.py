@@ -52,9 +52,7 @@ def plan(
     source: Source,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as the pipeline receives them.")] = False,
-    tflops: Annotated[
-        float, typer.Option(min=0.0, help="Assume so many sustained TFLOP/s instead of measuring.")
-    ] = 0.0,
+    tflops: Annotated[float, typer.Option(min=0.0, help="Assume so many TFLOP/s instead of measuring.")] = 0.0,
 ) -> None:
     """Print the cells and an estimate of time, memory and bytes on this machine, or on another with --tflops."""
     from distillery import estimate, experiment, steps

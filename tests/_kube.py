@@ -1,4 +1,4 @@
-"""A real Kubernetes API server on this machine: etcd and kube-apiserver as `make kube` builds them. No node, no pods."""
+"""A real Kubernetes API server on this machine, from `make kube`: no nodes, so no pod runs."""
 
 import json
 import os

@@ -38,7 +38,7 @@ def kubectl() -> str:
     return found
 
 
-def write_kustomization(folder: Path, overlay: str, components: tuple[str, ...], namespace: str = NAMESPACE) -> Path:
+def own(folder: Path, overlay: str, components: tuple[str, ...], namespace: str = NAMESPACE) -> Path:
     """A folder of an administrator's own: an overlay and optional components, as docs/operations.md says."""
     content: Doc = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": namespace}
     content["resources"] = [os.path.relpath(K8S / "overlays" / overlay, folder)]

@@ -11,17 +11,7 @@ import yaml
 from kubernetes_validate import utils
 
 from pipelines.resources import SECRET
-from tests._manifests import (
-    K8S,
-    NAMESPACE,
-    OVERLAYS,
-    ROOT,
-    Doc,
-    build,
-    combinations,
-    pod_templates,
-    write_kustomization,
-)
+from tests._manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, own, pod_templates
 
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 FOREIGN = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}  # Kueue's; the API server test has its definitions
@@ -50,7 +40,7 @@ def documents(request: pytest.FixtureRequest) -> list[Doc]:
 
 @pytest.mark.parametrize(("name", "chosen"), combinations())
 def test_every_combination_is_valid_for_every_kubernetes(tmp_path: Path, name: str, chosen: tuple[str, ...]) -> None:
-    found = build(write_kustomization(tmp_path, name, chosen))
+    found = build(own(tmp_path, name, chosen))
     names = [(d["kind"], d["metadata"].get("namespace", ""), d["metadata"]["name"]) for d in found]
     assert len(names) == len(set(names))
     subjects = [s["namespace"] for d in found if d["kind"] == "RoleBinding" for s in d["subjects"]]

@@ -3,6 +3,7 @@
 Needs `make kube`. No pod runs here: what a pod does is for a cluster with nodes.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from tests._kube import DEFINITIONS, Cluster, built, cluster
-from tests._manifests import K8S, NAMESPACE, ROOT, build, combinations, pod_templates, write_kustomization
+from tests._manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
 
 pytestmark = [
     pytest.mark.cluster,
@@ -37,7 +38,7 @@ def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def applied(kube: Cluster, tmp_path: Path) -> Iterator[Cluster]:
     """The local overlay, applied in earnest and removed afterwards."""
-    folder = str(write_kustomization(tmp_path, "local", ()))
+    folder = str(own(tmp_path, "local", ()))
     kube.do("apply", "--server-side", "-k", folder)
     yield kube
     kube.do("delete", "-k", folder, "--wait=false", "--ignore-not-found")
@@ -45,7 +46,7 @@ def applied(kube: Cluster, tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize(("name", "chosen"), combinations())
 def test_the_server_takes_every_combination(kube: Cluster, tmp_path: Path, name: str, chosen: tuple[str, ...]) -> None:
-    folder = str(write_kustomization(tmp_path, name, chosen))
+    folder = str(own(tmp_path, name, chosen))
     done = kube.run("apply", "--server-side", "--dry-run=server", "--validate=strict", "-k", folder)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr  # what a later Kubernetes removes
@@ -94,11 +95,9 @@ def test_the_watch_account_may_do_exactly_this(applied: Cluster) -> None:
         kind = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview"}
         asked = json.dumps({**kind, "spec": {"namespace": namespace}})
         token = applied.do("create", "token", "distillery-watch", "-n", NAMESPACE).strip()
-        answer = json.loads(applied.do("--token", token, "create", "-f", "-", "-o", "json", stdin=asked))
-        found = answer["status"]["resourceRules"]
-        return {
-            (g, r, v) for rule in found for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]
-        }
+        create = ("create", "--validate=false", "-f", "-", "-o", "json")
+        found = json.loads(applied.do("--token", token, *create, stdin=asked))["status"]["resourceRules"]
+        return {one for r in found for one in itertools.product(r["apiGroups"], r["resources"], r["verbs"])}
 
     everybody = rules("elsewhere")  # questions about oneself, which Kubernetes lets every account ask
     assert {group for group, _, _ in everybody} <= {"authorization.k8s.io", "authentication.k8s.io"}
@@ -126,9 +125,8 @@ def test_the_retry_patch_leaves_argo_s_other_settings(kube: Cluster) -> None:
         "workflowDefaults": yaml.safe_dump({"spec": {**defaults, **retry}}),
     }
     name = {"name": "workflow-controller-configmap", "namespace": "kubeflow"}
-    kube.do(
-        "apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "ConfigMap", "metadata": name, "data": data})
-    )
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": name, "data": data}
+    kube.do("apply", "-f", "-", stdin=json.dumps(config))
     kube.do(*command("k8s/argo/retry-policy.yaml"))
     found = kube.get("configmap", name["name"], "-n", "kubeflow")["data"]
     assert found["artifactRepository"] == data["artifactRepository"]
@@ -139,9 +137,7 @@ def test_the_secret_s_command_makes_it_and_replaces_it(kube: Cluster, tmp_path: 
     text = (K8S / "s3.env.example").read_text()
     for key in ("first", "second"):
         filled = tmp_path / "s3.env"
-        filled.write_text(
-            text.replace("accesskey=", f"accesskey={key}").replace("secretkey=", f"secretkey={key}-secret")
-        )
+        filled.write_text(re.sub(r"^(accesskey|secretkey)=", rf"\1={key}", text, flags=re.MULTILINE))
         made = kube.do("-n", NAMESPACE, "create", "secret", "generic", "distillery-s3", f"--from-env-file={filled}",
                        "--dry-run=client", "-o", "yaml")  # fmt: skip
         kube.do("apply", "--server-side", "-f", "-", stdin=made)
@@ -152,12 +148,11 @@ def test_the_secret_s_command_makes_it_and_replaces_it(kube: Cluster, tmp_path: 
 
 
 def test_limits_leave_room_for_pods_that_ask_for_nothing(kube: Cluster, tmp_path: Path) -> None:
-    folder = str(write_kustomization(tmp_path, "gpu", ("limits",), "elsewhere"))
+    folder = str(own(tmp_path, "gpu", ("limits",), "elsewhere"))
     kube.do("apply", "--server-side", "-k", folder)
     try:
-        for quota in kube.get("resourcequota", "-n", "elsewhere")[
-            "items"
-        ]:  # the controller's part; it does not run here
+        quotas = kube.get("resourcequota", "-n", "elsewhere")["items"]
+        for quota in quotas:  # what the controller does, which does not run here
             status = {"status": {"hard": quota["spec"]["hard"], "used": dict.fromkeys(quota["spec"]["hard"], "0")}}
             name = quota["metadata"]["name"]
             kube.do("patch", "resourcequota", name, "-n", "elsewhere", "--subresource=status", "--type=merge",
