@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format compile lock minio kube clean
+.PHONY: help setup demo test test-containers lint format compile lock image minio kube clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -17,13 +17,19 @@ KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/uv/bin/uv)
 PY := .venv/bin/python
 READY := .venv/.ready
-COMPILE = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+COMPILE = $(UV) pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet
+
+# What `make image` can be told; an empty value is the default of images/build.py.
+ENGINE := docker
+VARIANT := gpu
+BUILD = python3 -m images.build --engine '$(ENGINE)' --base '$(BASE)' --variant '$(VARIANT)' --network '$(NETWORK)' \
+	--ca '$(CA)' --pip-conf '$(PIP_CONF)' --torch-index '$(TORCH_INDEX)'
 
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with the locked packages (minutes the first time, instant afterwards)
 	@echo "ready: .venv/bin/distillery"
@@ -33,6 +39,11 @@ demo: $(READY) ## run the compiled pipeline on real data on this machine; ends w
 
 test: $(READY) ## run the quick tests; ARGS="-m slow" or ARGS=tests/test_data.py chooses others
 	@$(PY) -m pytest $(ARGS)
+
+test-containers: VARIANT = cpu
+test-containers: $(READY) ## build the image as `image` does and run the compiled pipeline in its containers (needs Docker)
+	@$(BUILD) --tag distillery:test --push ''
+	@$(PY) -m pytest -m containers $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	@$(PY) -m ruff check .
@@ -46,9 +57,16 @@ format: $(READY) ## rewrite the sources in the project's format
 compile: $(READY) ## compile the pipelines to the committed YAML
 	@$(PY) -m pipelines.compile
 
+image: ## build the image of the pods; ENGINE=docker|podman BASE= VARIANT=gpu|cpu PUSH=registry/name (docs/images.md)
+	@$(BUILD) --tag '$(TAG)' --push '$(PUSH)'
+	@$(if $(PUSH),$(MAKE) --no-print-directory compile)
+
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
-	@$(COMPILE) --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
-	@$(COMPILE) --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
+	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
+	@$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
+	@$(COMPILE) pyproject.toml --extra report --extra digits -c requirements.txt > images/requirements.txt
+	@echo kfp | $(COMPILE) - --no-deps -c requirements.txt >> images/requirements.txt
+	@echo hatchling | $(COMPILE) - -c requirements-dev.txt > images/requirements-build.txt
 
 minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go; about 6 minutes once)
 
