@@ -10,7 +10,9 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 
+from pipelines.api import TOKEN_FILE
 from pipelines.resources import SECRET
+from pipelines.watch import watch
 from tests._manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, own, pod_templates
 
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
@@ -118,7 +120,9 @@ def test_selectors_find_the_pods_they_are_for() -> None:
     policy = next(d for d in documents if d["kind"] == "NetworkPolicy")
     assert chosen(service["spec"]["selector"]) == {"Deployment/distillery-s3"}
     assert chosen(deployment["spec"]["selector"]["matchLabels"]) == {"Deployment/distillery-s3"}
-    assert chosen(policy["spec"]["podSelector"]["matchLabels"]) == {"CronJob/distillery-watch", "Job/distillery-bucket"}
+    (one_of,) = policy["spec"]["podSelector"]["matchExpressions"]
+    wanted = [{**policy["spec"]["podSelector"]["matchLabels"], one_of["key"]: value} for value in one_of["values"]]
+    assert set().union(*map(chosen, wanted)) == {"CronJob/distillery-watch", "Job/distillery-bucket"}
 
 
 def test_no_secret_is_rendered_and_the_filled_in_template_stays_out_of_git(documents: list[Doc]) -> None:
@@ -152,3 +156,17 @@ def test_kfp_s_store_points_to_what_the_local_overlay_makes() -> None:
     assert host == f"{service['metadata']['name']}.{service['metadata']['namespace']}"
     assert int(port) == service["spec"]["ports"][0]["port"]
     assert default["credentials"]["secretRef"]["secretName"] == "distillery-s3"
+
+
+def test_the_watch_job_calls_a_command_that_exists(documents: list[Doc]) -> None:
+    job = next(template for name, template in pod_templates(documents) if name == "CronJob/distillery-watch")
+    (container,) = job["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "pipelines", "watch"]
+    given = watch.make_context("watch", list(container["args"])).params
+    assert given["once"] and given["retries"] == 3
+    assert given["namespace"] == "$(NAMESPACE)" and "NAMESPACE" in {e["name"] for e in container["env"]}
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    tokens = {v["name"]: v["projected"]["sources"] for v in job["spec"]["volumes"] if "projected" in v}
+    ((source,),) = [tokens[mounts[str(TOKEN_FILE.parent)]]]
+    assert source["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
+    assert source["serviceAccountToken"]["path"] == TOKEN_FILE.name
