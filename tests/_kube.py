@@ -24,7 +24,7 @@ TOKEN = "token-of-a-test-server"
 
 def built() -> bool:
     """Whether `make kube` has been here."""
-    return all((BINARIES / name).exists() for name in ("etcd", "kube-apiserver"))
+    return DEFINITIONS.exists() and all((BINARIES / name).exists() for name in ("etcd", "kube-apiserver"))
 
 
 @dataclass
