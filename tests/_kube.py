@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests._manifests import ROOT, kubectl
+from _manifests import ROOT, kubectl
 
 BINARIES = ROOT / ".tools" / "bin"
 DEFINITIONS = ROOT / ".tools" / "crds"

@@ -4,17 +4,20 @@ import functools
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from _manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, kubectl, own, pod_templates
+from _servers import available, running
 from kubernetes_validate import utils
+from minio import Minio
 
 from pipelines.api import TOKEN_FILE
 from pipelines.resources import SECRET
 from pipelines.watch import watch
-from tests._manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, kubectl, own, pod_templates
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
@@ -204,3 +207,23 @@ def test_the_read_only_patch_in_the_docs_does_that(tmp_path: Path) -> None:
     assert containers["main"]["securityContext"] == {"readOnlyRootFilesystem": True}
     assert containers["main"]["command"] == ["work"] and "securityContext" not in containers["wait"]
     assert [m["mountPath"] for m in containers["main"]["volumeMounts"]] == ["/tmp"], "one mount, whoever gave it"
+
+
+def test_the_bucket_job_makes_the_bucket_and_can_run_again(tmp_path: Path) -> None:
+    job = next(pod for name, pod in pod_templates(json.loads(overlay("local"))) if name == "Job/distillery-bucket")
+    (container,) = job["spec"]["containers"]
+    with running(available()[0], tmp_path) as server:
+        given = {"AWS_ACCESS_KEY_ID": server.access, "AWS_SECRET_ACCESS_KEY": server.secret}
+        given |= {e["name"]: e["value"] for e in container["env"] if "value" in e}
+        given |= {"ENDPOINT": f"127.0.0.1:{server.port}"}
+        assert {e["name"] for e in container["env"]} == set(given)
+        for _ in range(2):
+            subprocess.run([sys.executable, *container["command"][1:], *container["args"]], env=given, check=True)
+        client = Minio(given["ENDPOINT"], server.access, server.secret, secure=False)
+        assert [bucket.name for bucket in client.list_buckets()] == ["distillery"]
+        bad = subprocess.run(
+            [sys.executable, *container["command"][1:], *container["args"]],
+            env={**given, "AWS_SECRET_ACCESS_KEY": "wrong"},
+            capture_output=True,
+        )
+        assert bad.returncode != 0

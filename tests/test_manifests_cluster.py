@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from tests._kube import DEFINITIONS, Cluster, built, cluster
-from tests._manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
+from _kube import DEFINITIONS, Cluster, built, cluster
+from _manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
 
 pytestmark = [
     pytest.mark.cluster,
