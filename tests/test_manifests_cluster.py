@@ -111,6 +111,8 @@ def test_kfp_keeps_its_own_keys_when_the_store_s_are_added(kube: Cluster) -> Non
     kfp = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kfp-launcher", "namespace": "kubeflow"}}
     shipped = json.dumps({**kfp, "data": {"defaultPipelineRoot": "minio://mlpipeline/v2/artifacts"}})
     kube.do("apply", "-f", "-", stdin=shipped)
+    plain = kube.do("apply", "--dry-run=server", "-o", "json", "-k", str(K8S / "launcher"))
+    assert "defaultPipelineRoot" not in json.loads(plain)["data"], "then the way round it is needless"
     kube.do(*command("k8s/launcher"))
     kube.do("apply", "-f", "-", stdin=shipped)  # an upgrade of KFP
     data = kube.get("configmap", "kfp-launcher", "-n", "kubeflow")["data"]
