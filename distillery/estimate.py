@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillery import console, experiment, labels, methods, nets
+from distillery import console, experiment, labels, methods, nets, profiles
 from distillery import student as student_module
 from distillery.config import Cell, Experiment, Student, TeacherConfig
 from distillery.data import DATASETS
@@ -65,6 +65,13 @@ def table(source: str, tflops: float = 0.0) -> str:
         f"  together about {console.duration(total)}; training images in memory {console.size(images * 3 * size**2)}"
     )
     return "\n".join(lines)
+
+
+def pods(source: str) -> str:
+    """What the pod of each step would ask for on a cluster."""
+    wanted = experiment.load(source)
+    gathering = bool(experiment.statistics_of(wanted)["kinds"])
+    return profiles.table(wanted, experiment.cells(wanted, wish=profiles.Wish()), gathering=gathering)
 
 
 def _teacher_seconds(one: TeacherConfig, images: int, speeds: dict[str, Speed]) -> float:

@@ -1,8 +1,9 @@
 """Wait for a run: a line when a step starts and one when it ends, and what to know if it fails."""
 
+import functools
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, TypeVar
 
 from distillery.console import duration
 from pipelines.api import ApiError, Client, NotFound, Run, Unreachable, age
@@ -15,6 +16,8 @@ LOOK = 30.0  # seconds after which the workflow is read again, though no state h
 STUCK = 60.0  # seconds a pod may wait to be started before somebody is told
 SETTLING = 60.0  # seconds after a retry in which the old end may still be reported
 WORDS = {"SUCCEEDED": "done", "CACHED": "cached", "FAILED": "FAILED", "PENDING": "waiting", "RUNNING": "started"}
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,46 +48,55 @@ class Follower:
         until = time.monotonic() + timeout if timeout else float("inf")
         past, retried, settled = Past(), "", 0.0
         while True:
-            run = self._look(run_id, until)
-            if run is None or time.monotonic() >= until:
-                return run or self.client.run(run_id)
+            run = self.patiently(lambda: self._look(run_id), until)
             stale = run.finished == retried and time.monotonic() < settled
             if not run.ended or stale:
+                if time.monotonic() >= until:
+                    return run
                 time.sleep(min(self.interval, max(0.0, until - time.monotonic())))
                 continue
             if run.state != "FAILED" or not self.limits.retries:
                 return run
-            verdict = judge(self.client, run, self.limits, past)
+            verdict = self.patiently(functools.partial(judge, self.client, run, self.limits, past), until)
             self.say(f"{clock()}  {verdict.said}")
             if not verdict.retry or time.monotonic() + verdict.pause > until:
                 return run
             time.sleep(verdict.pause)
-            retry(self.client, run)
+            self.patiently(functools.partial(retry, self.client, run), until)
             retried, settled = run.finished, time.monotonic() + SETTLING
-            self._said.clear()
+            self._said = {path: said for path, said in self._said.items() if said != "FAILED"}
             self._seen = None
 
-    def _look(self, run_id: str, until: float) -> Optional[Run]:
-        """The run as it is now, however often the API fails to say so; None when time is up."""
-        silent_since, absent = 0.0, 0
+    def patiently(self, action: Callable[[], T], until: float = float("inf")) -> T:
+        """What an action gives, however often nobody answers it in between.
+
+        Args:
+            action: may be repeated without harm.
+            until: monotonic time after which it is not repeated.
+        """
+        began = time.monotonic()
         while True:
             try:
-                run = self.client.run(run_id)
-                self._show(run)
-                return run
+                return action()
             except Unreachable as error:
-                silent_since = silent_since or time.monotonic()
-                silent = time.monotonic() - silent_since
-                if silent > OUTAGE:
+                if time.monotonic() - began > OUTAGE or time.monotonic() > until:
                     raise
-                self._once("api", f"no answer, still trying: {error}")
+                self._once("api", f"no answer, still trying: {error}", "silent")
+            time.sleep(self.interval)
+
+    def _look(self, run_id: str) -> Run:
+        """The run as it is now; says what is new."""
+        for chance in range(VANISHED):
+            try:
+                run = self.client.run(run_id)
             except NotFound as error:
-                absent += 1
-                if absent >= VANISHED:
+                if chance == VANISHED - 1:
                     raise NotFound(f"run {run_id}: it was there and is gone; somebody deleted it ({error})") from error
-            if time.monotonic() >= until:
-                return None
-            time.sleep(min(self.interval, max(0.0, until - time.monotonic())))
+                time.sleep(self.interval)
+            else:
+                break
+        self._show(run)
+        return run
 
     def _show(self, run: Run) -> None:
         """Say what is new."""

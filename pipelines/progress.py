@@ -110,7 +110,8 @@ def from_nodes(metadata: Mapping[str, Any], nodes: List[Dict[str, Any]]) -> List
         starts = [str(node["startedAt"]) for node in members if node.get("startedAt")]
         ended = str(last.get("finishedAt") or "") if state in ("SUCCEEDED", "FAILED", "CACHED") else ""
         message = str(last.get("message") or "")
-        found.append(Step(path, state, min(starts, default=""), ended, pod_names(metadata, last), message))
+        names = pod_names(metadata, last) if works or state == "FAILED" else ()  # a driver's log only where it failed
+        found.append(Step(path, state, min(starts, default=""), ended, names, message))
     return found
 
 

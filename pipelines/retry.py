@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Dict, List, Set
 
-from pipelines.api import ApiError, BadRequest, Client, Run, age
+from pipelines.api import ApiError, BadRequest, Client, Run, Unreachable, age
 from pipelines.progress import Step, last_lines, log_of, place, steps_of, stopped
 
 LONGEST = 1800.0  # seconds between a failure and its retry, at most
@@ -65,7 +65,7 @@ def judge(client: Client, run: Run, limits: Limits, past: Past) -> Verdict:
     known = steps_of(workflow, run)
     failed = [step for step in known if step.state == "FAILED"]
     names = ", ".join(step.path for step in failed) or "an unknown step"
-    ends = {step.path: ending(client, run, step) for step in failed}
+    ends = {step.path: ending(client, run, step) for step in failed}  # nothing after this line asks the API
     now = {place(step, ends[step.path]) for step in failed if not step.lost}
     before = past.places.get(run.id)
     past.places[run.id] = now
@@ -93,6 +93,8 @@ def ending(client: Client, run: Run, step: Step) -> List[str]:
     """The last lines of a failed step, as far as anybody has them."""
     try:
         return last_lines(log_of(client, run, step))
+    except Unreachable:
+        raise
     except ApiError:
         return []
 

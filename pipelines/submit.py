@@ -9,25 +9,28 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
-from distillery.errors import StoreError, UserError
-from pipelines import package as packages
-from pipelines.api import Client, Run, Unreachable, contains
+from distillery.errors import DistilleryError, StoreError, UserError
+from pipelines import compiled
+from pipelines.api import Client, NotFound, Run, Unreachable, contains
 from pipelines.follow import Follower, explain
 from pipelines.options import connected
 from pipelines.retry import Limits
 
 MARK = "distillery-key:"  # in the description of a run, so that it can be found again
 MAX_TEXT = 100_000  # bytes of an experiment: KFP passes no more between steps
+SETTLE = 1.2  # seconds after which two runs of the same second see each other: the API tells no finer time
 BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of these answers for its key
 
 
 @click.command()
-@click.argument("package", type=click.Path(path_type=Path), default=packages.DISTILL, metavar="[PACKAGE]")
+@click.argument("package", type=click.Path(path_type=Path), default=compiled.DISTILL, metavar="[PACKAGE]")
 @click.option("-x", "--experiment-yaml", "experiment", metavar="EXPERIMENT", help="YAML file, URI or shipped name.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Replace a value of the experiment.")
 @click.option("--param", "params", metavar="NAME=VALUE", multiple=True, help="A parameter of the pipeline.")
 @click.option("--profile", default="", help="Hardware profile, instead of the experiment's.")
 @click.option("--parallelism", type=click.IntRange(1, 1000), help="Turns of each loop that run at once.")
+@click.option("--queue", default="", help="Kueue's LocalQueue that lets the pods in.")
+@click.option("--pull-secret", default="", help="Secret with the image registry's credentials.")
 @click.option("--name", default="", help="The run's name; default: the experiment's, and the time.")
 @click.option("-e", "--experiment-name", default="", help="KFP's experiment that holds the run; default: distill.")
 @click.option("--pipeline-root", default="", help="Where artifacts go, for example s3://bucket/prefix.")
@@ -49,6 +52,8 @@ def submit(
     params: Tuple[str, ...],
     profile: str,
     parallelism: Optional[int],
+    queue: str,
+    pull_secret: str,
     name: str,
     experiment_name: str,
     pipeline_root: str,
@@ -68,7 +73,7 @@ def submit(
     """
     if retries and not wait:
         raise UserError(f"--retries {retries}: somebody has to watch; add --wait, or leave it to `watch`")
-    chosen = packages.load(package).changed(parallelism or 0, not no_cache)
+    chosen = compiled.load(package).changed(queue, pull_secret, parallelism or 0, not no_cache)
     parameters, title = arguments(chosen, experiment, list(changes), list(params), profile)
     body: Dict[str, Any] = {"pipeline_spec": chosen.document(), "runtime_config": {"parameters": parameters}}
     if pipeline_root:
@@ -87,7 +92,7 @@ def submit(
 
 
 def arguments(
-    chosen: packages.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
+    chosen: compiled.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
 ) -> Tuple[Dict[str, Any], str]:
     """The pipeline's parameters, checked, and a title for the run.
 
@@ -153,7 +158,7 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
     """
     if not again and (found := oldest(client, mark)):
         return found, False
-    before = set() if not again else {run.id for run in client.runs([contains("description", mark)])}
+    before = {run.id for run in client.runs([contains("description", mark)])}
     try:
         run = client.create_run(body)
     except Unreachable as error:
@@ -161,7 +166,10 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
             raise
         arrived = [run for run in client.runs([contains("description", mark)]) if run.id not in before]
         run = arrived[-1] if arrived else client.create_run(body)
-    first = run if again else oldest(client, mark) or run
+    if again:
+        return run, True
+    time.sleep(SETTLE)
+    first = oldest(client, mark) or run
     if first.id != run.id:
         client.terminate(run.id)
         client.delete_run(run.id)
@@ -179,12 +187,13 @@ def follow(client: Client, run: Run, timeout: float, limits: Limits, interval: f
     follower = Follower(client, click.echo, interval, limits)
     try:
         ended = follower.wait(run.id, timeout)
-    except KeyboardInterrupt:
-        click.echo(
-            f"\nthe run goes on; `python -m pipelines status {run.id}` tells about it, `logs {run.id} --follow` shows "
-            f"what it prints, `cancel {run.id}` ends it",
-            err=True,
-        )
+    except (KeyboardInterrupt, DistilleryError) as error:
+        if not isinstance(error, NotFound):
+            click.echo(
+                f"\nthe run goes on; `python -m pipelines status {run.id}` tells about it, `logs {run.id} --follow` "
+                f"shows what it prints, `cancel {run.id}` ends it",
+                err=True,
+            )
         raise
     if ended.state == "SUCCEEDED":
         click.echo(f"{ended.name}: SUCCEEDED\n  {client.link(ended.id)}")
@@ -193,7 +202,7 @@ def follow(client: Client, run: Run, timeout: float, limits: Limits, interval: f
         click.echo(f"{ended.name}: still {ended.state} after {timeout:.0f} s; it goes on, see {client.link(ended.id)}")
         return 1
     click.echo(f"{ended.name}: {ended.state}", err=True)
-    for line in explain(client, ended):
+    for line in follower.patiently(lambda: explain(client, ended)):
         click.echo(line, err=True)
     return 1
 

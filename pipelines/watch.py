@@ -59,7 +59,7 @@ class Watcher:
                 verdict = judge(self.client, run, self.limits, self.past)
                 self._judged[run.id] = (run.finished, verdict)
                 click.echo(f"{stamp()}  {run.name} ({run.id}): {verdict.said}")
-            if not verdict.retry or age(run.finished) < self.limits.wait(self.past.retries[run.id] - 1):
+            if not verdict.retry or max(0.0, age(run.finished)) < self.limits.wait(self.past.retries[run.id] - 1):
                 continue
             try:
                 retry(self.client, run)
