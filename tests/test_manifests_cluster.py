@@ -192,6 +192,7 @@ def test_every_kubectl_command_of_the_operations_page_works(kube: Cluster, tmp_p
     assert sum(map(len, found.values())) >= 12 and len(found["Uninstall"]) == 3
     for name in ("ml-pipeline", "distillery-s3"):
         kube.do("create", "deployment", name, "-n", "kubeflow", "--image=some")
+    kube.do("create", "serviceaccount", "pipeline-runner", "-n", "kubeflow")
     config = ("create", "configmap", "-n", "kubeflow", "--from-literal=workflowDefaults=x")
     kube.do(*config, "workflow-controller-configmap")
     last = found.pop("Uninstall")
