@@ -43,7 +43,7 @@ def table(source: str, tflops: float = 0.0) -> str:
     cells = experiment.cells(wanted)
     info = DATASETS[wanted.dataset.name]
     size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
-    speeds, where = _speeds(wanted, classes, size, tflops)
+    speeds, where = _speeds(wanted, cells, classes, size, tflops)
     images = wanted.dataset.per_class * classes or info.train
     taught = {one.name: _teacher_seconds(one, images, speeds) for one in wanted.every_teacher}
     forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
@@ -112,10 +112,12 @@ def _label_bytes(cell: Cell, classes: int) -> int:
     return sum(labels.stored_bytes(classes * cell.ipc, epochs, classes, cell.labels.top_k) for epochs in soft)
 
 
-def _speeds(wanted: Experiment, classes: int, size: int, tflops: float) -> tuple[dict[str, Speed], str]:
+def _speeds(
+    wanted: Experiment, cells: list[Cell], classes: int, size: int, tflops: float
+) -> tuple[dict[str, Speed], str]:
     """The speed of each net, and on what."""
     nets_: dict[str, TeacherConfig | Student] = {_kind(one): one for one in wanted.every_teacher}
-    for cell in experiment.cells(wanted):
+    for cell in cells:
         nets_ |= {_kind(student): student for student in cell.students}
     if tflops:
         assumed = {k: _assumed(one.net, one.net_options, classes, size, tflops) for k, one in nets_.items()}
@@ -131,9 +133,10 @@ def _kind(one: TeacherConfig | Student) -> str:
 
 
 def _assumed(name: str, options: Mapping[str, object], classes: int, size: int, tflops: float) -> Speed:
-    net = nets.build(name, classes, size, **options).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, size, size, device="meta"))
+    with torch.device("meta"), torch.no_grad():
+        net, one = nets.build(name, classes, size, **options).eval(), torch.zeros(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            net(one)
     forward = tflops * 1e12 / counter.get_total_flops()
     return Speed(forward, forward / 3)  # back costs about twice what forth does
 
