@@ -155,7 +155,11 @@ def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_p
     path.write_text(yaml.safe_dump(spec))
     assert submit(kfp, str(path), "-x", mine, "--profile", "a10") == 0
     assert sent(kfp)[0]["runtime_config"]["parameters"] == {"experiment": EXPERIMENT, "profile": "a10"}
+    before = len(kfp.requests)
     assert submit(kfp, str(path), "-x", mine, "--profile", "tpu") == 2
+    assert submit(kfp, "-x", mine, "--param", "cell_memory=lots") == 2
+    assert submit(kfp, "--param", "cell_gpus=two") == 2
+    assert len(kfp.requests) == before
 
 
 @pytest.mark.slow  # importing kfp takes 3 to 10 s
@@ -243,6 +247,17 @@ def test_a_wrong_token_is_said_without_showing_it(tiny: str, capsys: pytest.Capt
         assert "token was not accepted" in said
         assert "wrong-token" not in said
         assert submit(kfp, tiny, "--existing-token", "right") == 0
+
+
+def test_a_kubeflow_with_many_users_wants_a_namespace(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeKfp(multi_user=True, namespaces=("me",)) as kfp:
+        assert submit(kfp, tiny) == 2
+        assert "give --namespace" in capsys.readouterr().err
+        assert submit(kfp, tiny, "-n", "you") == 2
+        assert "namespace 'you' must exist" in capsys.readouterr().err
+        assert submit(kfp, tiny, "-n", "me", "--wait") == 0
+        assert main(["status", "-n", "me", "--endpoint", kfp.endpoint]) == 0
+        assert "SUCCEEDED" in capsys.readouterr().out
 
 
 # Once
