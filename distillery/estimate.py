@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distillery import console, experiment, labels, methods, nets, profiles
 from distillery import student as student_module
 from distillery.config import Cell, Experiment, Student, TeacherConfig
-from distillery.data import DATASETS
+from distillery.data import DATASETS, TENSOR_SIDE, limits
 from distillery.device import Compute, choose, hardware
 
 PROBE = 32  # images per measured batch
@@ -49,6 +49,7 @@ def table(source: str, tflops: float = 0.0) -> str:
     forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
     lines = [
         f"{wanted.name}: {len(cells)} cells on {where}",
+        *(f"  {line}" for line in (limits.said(images, info.val, size) if size > TENSOR_SIDE else ())),
         *(f"  teacher {name}: {console.duration(seconds)}" for name, seconds in taught.items()),
         f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
     ]
@@ -61,9 +62,8 @@ def table(source: str, tflops: float = 0.0) -> str:
         memory = console.size(_peak(cell, classes, size, images))
         times = f"{console.duration(made):>11s} {console.duration(trained):>11s}"
         lines.append(f"  {cell.id:34s} {times} {memory:>10s} {pixels:>10s} {labels_:>10s}")
-    lines.append(
-        f"  together about {console.duration(total)}; training images in memory {console.size(images * 3 * size**2)}"
-    )
+    kept = "" if size > TENSOR_SIDE else f"; training images in memory {console.size(images * 3 * size**2)}"
+    lines.append(f"  together about {console.duration(total)}{kept}")
     return "\n".join(lines)
 
 
