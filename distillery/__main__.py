@@ -1,4 +1,4 @@
-"""The command line: check, plan, run, inspect, methods. Exit status 0 done, 1 failed, 2 the user's mistake."""
+"""The command line: check, plan, run, inspect, methods, export, publish. Exit status 0 done, 1 failed, 2 the user's mistake."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import enum
 import json
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distillery.errors import DistilleryError
+
+if TYPE_CHECKING:
+    from distillery.artifact import Manifest
 
 app = typer.Typer(
     help="Dataset distillation: real images in, a few synthetic images per class with soft labels out.",
@@ -99,6 +102,59 @@ def methods(
     from distillery import inspection
 
     typer.echo(inspection.method(name) if name else inspection.methods())
+
+
+FORMAT_HELP = "folder (.npy), imagefolder, webdataset, huggingface, or npz."
+CELL = typer.Option(help="Which cell of a run, or the beginning of its name.")
+STUDENT = typer.Option(min=0, help="Which student of the cell has its views recorded, from 0.")
+VIEWS = typer.Option("--views/--no-views", help="Record every view of the student with its soft label.")
+TEST = typer.Option("--with-test", help="Add the validation images, as test.npz.")
+Set = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, or a synthetic artifact: folder or URI.")]
+
+
+@app.command()
+def export(
+    source: Set,
+    out: Annotated[str, typer.Option(help="Where to: a folder, or file:// or s3:// URI.")],
+    form: Annotated[str, typer.Option("--format", help=FORMAT_HELP)] = "folder",
+    cell: Annotated[str, CELL] = "",
+    student: Annotated[int, STUDENT] = 0,
+    with_views: Annotated[bool, VIEWS] = True,
+    with_test: Annotated[bool, TEST] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an exported set that is there.")] = False,
+) -> None:
+    """Write a distilled set for others: images, soft labels, recorded views and a card."""
+    from distillery import export as exporting
+
+    wanted = exporting.Wanted(form, cell, student, with_views, with_test)
+    manifest = exporting.export(source, out, wanted, overwrite=overwrite)
+    typer.echo(f"{out}: {_size(manifest)}, fingerprint {manifest.fingerprint[:16]}")
+
+
+@app.command()
+def publish(
+    source: Set,
+    to: Annotated[str, typer.Option(help="The set's place: TO/VERSION/ and TO/latest.json are written.")],
+    version: Annotated[str, typer.Option(help="Its name; by default the next of v1, v2, ...")] = "",
+    form: Annotated[str, typer.Option("--format", help=FORMAT_HELP)] = "folder",
+    cell: Annotated[str, CELL] = "",
+    student: Annotated[int, STUDENT] = 0,
+    with_views: Annotated[bool, VIEWS] = True,
+    with_test: Annotated[bool, TEST] = False,
+) -> None:
+    """Export a distilled set as a new version, which never changes again; latest.json then points to it."""
+    from distillery import export as exporting
+
+    wanted = exporting.Wanted(form, cell, student, with_views, with_test)
+    name, manifest = exporting.publish(source, to, wanted, version=version)
+    typer.echo(f"{to.rstrip('/')}/{name}: {_size(manifest)}, fingerprint {manifest.fingerprint[:16]}")
+
+
+def _size(manifest: Manifest) -> str:
+    from distillery import console
+
+    total = sum(facts["bytes"] for facts in manifest.files.values())
+    return f"{manifest.meta['images']} images in {len(manifest.files)} files, {console.size(total)}"
 
 
 def main() -> None:

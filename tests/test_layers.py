@@ -29,7 +29,8 @@ LAYERS = (
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
     {"execution", "experiment", "profiles", "sharding"},
     {"steps"},
-    {"estimate", "inspection", "run"},
+    {"estimate", "export", "inspection", "run"},
+    {"distilled"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -31,9 +31,18 @@ class Info:
     train: int
     val: int
     note: str
+    licence: str = "unknown"  # as model hubs write it
+    terms: str = "The licence of these images is not known to Distillery: they came from a folder of yours."
+    cite: str = ""
 
 
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet-1K, as all torchvision weights expect
+
+_IMAGENET_TERMS = (
+    "Images of ImageNet: its terms of access allow non-commercial research and education only, and the images remain "
+    "their owners'."
+)
+_IMAGENET_PAPER = "Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015."
 
 _ALL = (
     Info(
@@ -47,6 +56,9 @@ _ALL = (
         train=1442,
         val=355,
         note="scikit-learn's 8x8 digits, enlarged (bilinear); every fifth image of a class is validation",
+        licence="cc-by-4.0",
+        terms="Optical Recognition of Handwritten Digits of the UCI Machine Learning Repository, CC BY 4.0.",
+        cite="Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.",
     ),
     Info(
         name="cifar10",
@@ -58,6 +70,9 @@ _ALL = (
         train=50_000,
         val=10_000,
         note="ROOT/cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}",
+        licence="unknown",
+        terms="The authors publish no licence; they ask that their report is cited.",
+        cite="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, technical report, 2009.",
     ),
     Info(
         name="cifar100",
@@ -69,6 +84,9 @@ _ALL = (
         train=50_000,
         val=10_000,
         note="ROOT/cifar-100-python/{train,test,meta}",
+        licence="unknown",
+        terms="The authors publish no licence; they ask that their report is cited.",
+        cite="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, technical report, 2009.",
     ),
     Info(
         name="fashion_mnist",
@@ -81,6 +99,9 @@ _ALL = (
         train=60_000,
         val=10_000,
         note="ROOT/FashionMNIST/raw/*-ubyte; zero-padded from 28 to 32 px, size: 28 keeps the original",
+        licence="mit",
+        terms="Fashion-MNIST of Zalando, MIT licence.",
+        cite="Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv 1708.07747, 2017.",
     ),
     Info(
         name="tiny_imagenet",
@@ -92,6 +113,9 @@ _ALL = (
         train=100_000,
         val=10_000,
         note="ROOT/train/WNID/images/*.JPEG, ROOT/val/images/*.JPEG, ROOT/val/val_annotations.txt",
+        licence="other",
+        terms=_IMAGENET_TERMS,
+        cite=_IMAGENET_PAPER,
     ),
     Info(
         name="imagenette",
@@ -103,6 +127,9 @@ _ALL = (
         train=9_469,
         val=3_925,
         note="ROOT/train/WNID/*.JPEG, ROOT/val/WNID/*.JPEG",
+        licence="other",
+        terms=_IMAGENET_TERMS,
+        cite=_IMAGENET_PAPER,
     ),
     Info(
         name="imagefolder",

@@ -79,11 +79,15 @@ class Batches:
             self._order = (epoch, drawn.to(self._labels.device))
         return self._order[1]
 
+    def views(self, epoch: int, step: int) -> augment.Views:
+        """How the images of one step are seen."""
+        part, side = self.slices[step], self._images_u8.shape[2]
+        return augment.draw(self._policy, part.stop - part.start, side, generator(self._seed, "views", epoch, step))
+
     def get(self, epoch: int, step: int) -> Batch:
         """The batch of one step of one epoch (both from 0)."""
         part = self.slices[step]
-        index, side = self.order(epoch)[part], self._images_u8.shape[2]
-        views = augment.draw(self._policy, len(index), side, generator(self._seed, "views", epoch, step))
+        index, views = self.order(epoch)[part], self.views(epoch, step)
         x_norm = augment.apply(self._policy, self._images_u8[index], views, *self._norm)
         targets = self._labels[index]
         mixed = targets[views.partner.to(targets.device)] if views.partner.numel() else targets
