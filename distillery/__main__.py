@@ -1,4 +1,7 @@
-"""The command line: check, plan, run, inspect, methods, export, publish. Exit status 0 done, 1 failed, 2 the user's mistake."""
+"""The command line: check, plan, run, inspect, methods, export, publish.
+
+Exit status 0 done, 1 failed, 2 the user's mistake.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from distillery.store import Store, open_store
 from distillery.store.local import LocalStore
 
 Transform = Callable[[Tensor], Any]
+READ = ("images_u8", "labels", "soft_labels", "weights", "arrays")  # each process reads them itself
 
 
 class Target(NamedTuple):
@@ -100,7 +101,7 @@ class DistilledSet(Dataset[tuple[Any, Tensor]]):
 
     def __getstate__(self) -> dict[str, Any]:
         """The description alone: memory maps and pixels do not travel."""
-        return {name: self.__dict__[name] for name in self.__dict__ if name not in ("images_u8", "soft_labels", "arrays")}
+        return {name: value for name, value in self.__dict__.items() if name not in READ}
 
     @cached_property
     def labels(self) -> Tensor:
@@ -149,9 +150,11 @@ class DistilledSet(Dataset[tuple[Any, Tensor]]):
             UserError: the set has no recorded views, or workers and a GPU together.
         """
         if workers and torch.device(device).type != "cpu":
-            raise UserError(f"device {device!r} with {workers} workers: views are made on a GPU in one process, workers=0")
+            raise UserError(
+                f"device {device!r} with workers={workers}: on a GPU one process makes the views; workers=0"
+            )
         dataset = Views(self, torch.device(device))
-        sampler = EpochSampler(len(self.facts["steps"]) - 1, epoch)
+        sampler = EpochSampler(len(self.facts["steps"]), epoch)
         return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, **options)
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
@@ -182,15 +185,15 @@ class Views(Dataset[tuple[Tensor, Target]]):
 
     def __init__(self, found: DistilledSet, device: torch.device) -> None:
         self.set, self.recipe = found, found._recorded()
-        self.steps: list[int] = found.facts["steps"]
+        self.steps: list[list[int]] = found.facts["steps"]
         self.compute = Compute(device, torch.float32)
 
     def __len__(self) -> int:
-        return self.recipe.epochs * (len(self.steps) - 1)
+        return self.recipe.epochs * len(self.steps)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Target]:
-        epoch, step = divmod(number, len(self.steps) - 1)
-        part = slice(self.steps[step], self.steps[step + 1])
+        epoch, step = divmod(number, len(self.steps))
+        part = slice(*self.steps[step])
         arrays, found = self.set.arrays, self.set
         index = torch.from_numpy(arrays["order"][epoch, part].astype(np.int64))
         drawn = views.read(self.recipe, arrays, self.set.facts["size"], epoch, step, part)
@@ -231,9 +234,9 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.steps
+        first = self.epoch * self.steps  # at the first step: a DataLoader may ask for an iterator that it never uses
         self.epoch += 1
-        return iter(range(first, first + self.steps))
+        yield from range(first, first + self.steps)
 
     def __len__(self) -> int:
         return self.steps

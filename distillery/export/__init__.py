@@ -1,12 +1,12 @@
 """A distilled set as something to take away: images, soft labels, recorded views, a card, and a manifest written last.
 
-    README.md      the card: what it is, how to load it, accuracies, recipe, teacher, licence, limits, citation
-    set.json       the same for programs: classes, normalisation, recipe, learning rate of each epoch
-    labels.npy     int64 [N]; soft.npy float16 [N, C], the teacher's logits of the images; weights.npy float32 [N]
-    images.npy     or train/, train-*.tar, set.npz, by format (`formats.py`)
-    views/         what a student was shown and what the teacher said to it (`views.py`)
-    test.npz       with `with_test`: images and labels of the validation split
-    manifest.json  sha256 of every file; its kind is "set"
+README.md      the card: what it is, how to load it, accuracies, recipe, teacher, licence, limits, citation
+set.json       the same for programs: classes, normalisation, recipe, learning rate of each epoch
+labels.npy     int64 [N]; soft.npy float16 [N, C], the teacher's logits of the images; weights.npy float32 [N]
+images.npy     or train/, train-*.tar, set.npz, by format (`formats.py`)
+views/         what a student was shown and what the teacher said to it (`views.py`)
+test.npz       with `with_test`: images and labels of the validation split
+manifest.json  sha256 of every file; its kind is "set"
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def publish(source_uri: str, to: str, wanted: Wanted = Wanted(), *, version: str
             if not version and pointed and pointed.get("fingerprint") == manifest.fingerprint:
                 return str(pointed["version"]), manifest
             version = version or f"v{next(n for n in itertools.count(1) if f'v{n}' not in known)}"
-            for entry in store.list(f"{version}/"):  # what a killed process left, never a published version
+            if isinstance(store, LocalStore):  # what a killed process left, never a published version
+                shutil.rmtree(store.root / version, ignore_errors=True)
+            for entry in store.list(f"{version}/"):
                 store.delete(entry.key)
             store.push(folder, version)
         pointer = {"version": version, "fingerprint": manifest.fingerprint, "created": manifest.run["created"]}
@@ -171,7 +173,8 @@ def make(source_uri: str, wanted: Wanted, folder: Path) -> Manifest:
             views.write(folder / "weights.npy", images.weights.numpy())
         if wanted.with_test:
             _write_test(folder, origin)
-        facts |= {"soft": soft is not None, "recorded": parts.record(folder / views.FOLDER)}
+        recorded = parts.record(folder / views.FOLDER)
+        facts |= {"soft": soft is not None, "recorded": recorded, "plain": parts.plain(recorded)}
         write_preview(images.images_u8, images.labels, folder / "preview.png")
         write_atomic(folder / FACTS, (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
         view_bytes = sum(path.stat().st_size for path in (folder / views.FOLDER).glob("*"))
@@ -235,7 +238,7 @@ class _Parts:
             facts["student"] |= {name: reached[name] for name in ("acc_last", "acc_best")}
             facts["recipe"] = plain(recipe)
             facts["lr"] = [recipe.lr * lr_factor(recipe, epoch) for epoch in range(recipe.epochs)]
-            facts["steps"] = [0, *(part.stop for part in slices(facts["images"], recipe.batch))]
+            facts["steps"] = [[part.start, part.stop] for part in slices(facts["images"], recipe.batch)]
         return facts
 
     def record(self, folder: Path) -> list[str]:
@@ -248,6 +251,13 @@ class _Parts:
         stored = self.origin.labels / f"student-{index}.safetensors" if kept else None
         track = Track(lambda event: console.emit({"event": "progress", "step": "export"} | event))
         return views.record(folder, batches, recipe, self.teacher, stored, track.log)
+
+    def plain(self, recorded: list[str]) -> bool:
+        """Whether docs/train_on_it.py does all that the recipe asks for (but that it decays biases like weights)."""
+        if not recorded or self.student is None or self.images.weights is not None:
+            return False
+        recipe, able = self.student.recipe, {"order", "box", "flip", "partner", "mix_box", "own", "logits"}
+        return recipe.loss == "kl" and not recipe.ema and recipe.views.mix != "mixup" and set(recorded) <= able
 
     def _teacher(self) -> teacher.Frozen | None:
         members = [teacher.load(folder, self.compute) for folder in self.origin.teachers]
@@ -275,7 +285,7 @@ def _check_free(store: Store, out: str, overwrite: bool) -> None:
     if not there and not (isinstance(store, LocalStore) and store.root.is_dir() and any(store.root.iterdir())):
         return
     if not store.exists(MANIFEST) or artifact.parse(store.read(MANIFEST), f"{out}/{MANIFEST}").kind != KIND:
-        raise UserError(f"{out} holds something that is not an exported set; choose another --out, or empty it yourself")
+        raise UserError(f"{out} holds something else than an exported set; choose another --out, or empty it yourself")
     if not overwrite:
         raise UserError(f"{out} holds an exported set; choose another --out, or replace it with --overwrite")
 

@@ -54,12 +54,7 @@ def _header(facts: Facts) -> str:
         "size_categories": [next((name for limit, name in SIZES if facts["images"] < limit), "n>1M")],
     }
     if facts["format"] == "huggingface":
-        features: list[dict[str, Any]] = [{"name": "image", "dtype": "image"}]
-        names = {str(place): name for place, name in enumerate(facts["classes"])}
-        features.append({"name": "label", "dtype": {"class_label": {"names": names}}})
-        features += [{"name": "soft_label", "sequence": "float32"}] if facts["soft"] else []
         head["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": "train/**"}]}]
-        head["dataset_info"] = {"features": features}
     elif facts["format"] != "imagefolder":
         head["viewer"] = False
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=False)}---"
@@ -83,10 +78,9 @@ def _what(facts: Facts) -> str:
 def _loading(facts: Facts, view_bytes: int) -> str:
     shape = (facts["images"], 3, facts["size"], facts["size"])
     shards = f"train-{{000000..{(facts['images'] - 1) // formats.SHARD:06d}}}.tar"
-    field = {"webdataset": ", sample['soft.npy']", "huggingface": ", row['soft_label']"}.get(facts["format"], "")
     code = formats.find(facts["format"]).load
     values = {"at": "SET", "bytes": 3 * facts["images"] * facts["size"] ** 2, "shape": shape, "n": facts["images"]}
-    values |= {"shards": shards, "soft_field": field if facts["soft"] else ""}
+    values |= {"shards": shards, "soft_field": ", sample['soft.npy']" if facts["soft"] else ""}
     for name, value in values.items():
         code = code.replace(f"{{{name}}}", str(value))
     kept = "`labels.npy` has the class of each image"
@@ -95,11 +89,12 @@ def _loading(facts: Facts, view_bytes: int) -> str:
     ways += ["With Distillery, from any folder or store:"]
     ways += ['```python\nimport distillery\ndataset = distillery.load("SET")\nimage, soft_label = dataset[0]\n```']
     if facts["recorded"]:
+        script = ", and so does Distillery's `docs/train_on_it.py`, which is plain PyTorch" if facts["plain"] else ""
+        script += "" if facts["format"] == "folder" or not script else " (it reads the format `folder`)"
         ways.append(
-            f"`views/` ({console.size(view_bytes)}) records every view that the student below was shown, in order, with "
-            "the teacher's logits of it: `dataset.loader()` replays them, and so does the plain PyTorch script "
-            "`docs/train_on_it.py` of Distillery (format `folder`). `set.json` holds the recipe, the learning rate of "
-            "each epoch, and where each step begins."
+            f"`views/` ({console.size(view_bytes)}) records every view that the student below was shown, in order, "
+            f"with the teacher's logits of it. `dataset.loader()` replays them{script}. `set.json` holds the recipe, "
+            "the learning rate of each epoch, and which positions each step has."
         )
     return "\n\n".join(ways)
 

@@ -109,7 +109,7 @@ def _huggingface(folder: Path, images: Tensor, labels: Tensor, soft: Soft, class
     rows = []
     for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         _write_new(folder / SPLIT / f"{place:06d}.png", png(image))
-        row = {"file_name": f"{place:06d}.png", "label": label}
+        row = {"file_name": f"{place:06d}.png", "label": label, "class": classes[label]}
         rows.append(json.dumps(row | ({} if soft is None else {"soft_label": soft[place].astype(float).tolist()})))
     _write_new(folder / SPLIT / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
 
@@ -194,14 +194,14 @@ FORMATS = {
         _read_webdataset,
         "import webdataset\n"
         'dataset = webdataset.WebDataset("{at}/{shards}", shardshuffle=False).decode("torchrgb8")\n'
-        "sample = next(iter(dataset))  # sample['png'], sample['cls']{soft_field}",
+        "samples = [(sample['png'], sample['cls']{soft_field}) for sample in dataset]",
     ),
     "huggingface": Format(
         "PNG files and metadata.jsonl, for the datasets package",
         _huggingface,
         _read_huggingface,
         'from datasets import load_dataset\ndataset = load_dataset("{at}", split="train")\n'
-        "row = dataset[0]  # row['image'], row['label']{soft_field}",
+        "image, label = dataset[0]['image'], dataset[0]['label']",
     ),
     "npz": Format(
         "one compressed file for NumPy",

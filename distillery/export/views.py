@@ -1,7 +1,7 @@
 """Every view that a student was shown, as plain arrays, and the teacher's answer to it.
 
-E epochs, N images, T steps of an epoch, B images of a step, C classes. Step t of an epoch has the positions
-`steps[t]` to `steps[t + 1]` (in set.json). A recipe that does not use an array does not have it.
+E epochs, N images, T steps of an epoch, C classes. `steps[t]` in set.json says which positions of an epoch step t has:
+from the first number to before the second. A recipe that does not use an array does not have it.
 
     order.npy     int32 [E, N]        image at each position of an epoch
     box.npy       int16 [E, N, 4]     top, left, height, width of the resized crop
@@ -94,8 +94,8 @@ def record(
             for name, (kind, values) in _values(recipe, batches.views(epoch, step)).items():
                 each = name not in ("mix_box", "own", "dsa_group")
                 if name not in arrays:
-                    shape = values.shape[1:] if each else values.shape
-                    arrays[name] = create(folder / f"{name}.npy", kind, (epochs, count if each else len(slices), *shape))
+                    shape = (count, *values.shape[1:]) if each else (len(slices), *values.shape)
+                    arrays[name] = create(folder / f"{name}.npy", kind, (epochs, *shape))
                 arrays[name][epoch, part if each else step] = values
             if recipe.regime == "soft" and stored is None:
                 assert teacher is not None, "views of a soft recipe without a teacher or stored labels"
@@ -142,9 +142,9 @@ def read(recipe: Recipe, arrays: Arrays, size: int, epoch: int, step: int, part:
 
     def each(name: str, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         found = arrays[name][epoch, part] if name in arrays else np.empty(0, np.int64)
-        return torch.from_numpy(np.ascontiguousarray(found)).to(dtype)
+        return torch.from_numpy(np.array(found)).to(dtype)  # a map may not be written to
 
-    boxes = each("box")
+    boxes, ops = each("box"), each("ops")
     whole = torch.tensor([0, 0, size, size])
     box = arrays["mix_box"][epoch, step].tolist() if "mix_box" in arrays else (0, 0, 0, 0)
     group = dsa.groups(recipe.views.dsa)[int(arrays["dsa_group"][epoch, step])] if "dsa_group" in arrays else ""
@@ -156,7 +156,7 @@ def read(recipe: Recipe, arrays: Arrays, size: int, epoch: int, step: int, part:
         flip=each("flip", torch.bool),
         strips=each("strips"),
         partner=each("partner"),
-        ops=each("ops").T,
+        ops=ops.T if ops.numel() else ops,
         dsa_u=each("dsa_u", torch.float32),
         dsa_group=group,
         mix_box=(box[0], box[1], box[2], box[3]),
@@ -181,7 +181,7 @@ def _copy(folder: Path, stored: Path, epochs: int, count: int, arrays: Arrays) -
         for epoch in range(epochs):
             values = file.read(name, epoch, slice(0, count)).numpy()
             if len(values) != count:
-                raise CorruptArtifact(f"{stored}: {name} of {len(values)} views where {count} were shown; relabel again")
+                raise CorruptArtifact(f"{stored}: {name} of {len(values)} views, but {count} were shown; relabel again")
             if name not in arrays:
                 arrays[name] = create(folder / f"{name}.npy", kind, (epochs, *values.shape))
             arrays[name][epoch] = values
