@@ -141,7 +141,7 @@ def _suggestion(parts: "list[str]") -> str:
 
 def _field(text: str, field: Field, whole: str) -> Tuple[FrozenSet[int], bool]:
     """The numbers that a field allows, and whether it allows all by a star."""
-    values: "set[int]" = set()
+    values: set[int] = set()
     star = False
     for part in text.split(","):
         span, slash, step = part.partition("/")

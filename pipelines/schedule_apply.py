@@ -78,7 +78,7 @@ def ours(client: Client, name: str = "") -> Dict[str, List[Known]]:
         marked = MARKED.search(str(raw.get("description") or ""))
         if marked and name in ("", marked[1]):
             enabled = raw.get("status") == "ENABLED"
-            known = Known(str(raw["recurring_run_id"]), *marked.groups(), enabled, raw)
+            known = Known(str(raw["recurring_run_id"]), marked[1], marked[2], marked[3], marked[4], enabled, raw)
             found.setdefault(known.name, []).append(known)
     return {key: sorted(several, key=lambda known: not known.enabled) for key, several in sorted(found.items())}
 

@@ -59,14 +59,14 @@ class Schedule(Strict):
 
     name: Name
     experiment: str  # a shipped name, a file (from the schedule's folder), or a URI
-    set: Dict[str, Any] = {}  # key path -> value, as `submit --set`
+    set: Dict[str, Any] = Field(default_factory=dict)  # key path -> value, as `submit --set`
     cron: str = ""  # six fields, seconds first
     interval: Annotated[Union[int, str], AfterValidator(_interval)] = 1
     start: Optional[Time] = None
     end: Optional[Time] = None
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC"  # what the cluster's cronScheduleTimezone says
     package: str = ""  # compiled pipeline, from the schedule's folder; "" = the one that comes along
-    parameters: Dict[str, Any] = {}
+    parameters: Dict[str, Any] = Field(default_factory=dict)
     profile: str = ""
     queue: str = ""
     pull_secret: str = ""
