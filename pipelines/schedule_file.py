@@ -26,9 +26,9 @@ def _time(text: str) -> str:
     try:
         found = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"expected a time such as 2026-12-01T03:00:00Z ({error})") from error
+        raise ValueError(f"{text!r} is no time; write it as 2026-12-01T03:00:00Z") from error
     if found.tzinfo is None:
-        raise ValueError("a time without its zone; write 2026-12-01T03:00:00Z, or +01:00 instead of Z")
+        raise ValueError(f"{text!r} is a time without its zone; write {text}Z for UTC, or an offset such as +01:00 instead of Z")
     return found.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -36,7 +36,7 @@ def _zone(text: str) -> str:
     try:
         ZoneInfo(text)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError("no time zone of that name; write for example UTC or Europe/Berlin") from error
+        raise ValueError(f"{text!r} is no time zone; write for example UTC or Europe/Berlin") from error
     return text
 
 
@@ -44,10 +44,10 @@ def _interval(value: Union[int, str]) -> int:
     """Seconds of `6h`, `1d12h` or a number of seconds."""
     if isinstance(value, str):
         if not re.fullmatch(r"(\d+[smhdw])+", value):
-            raise ValueError("expected whole seconds, or a length such as 90m, 6h, 7d or 1d12h")
+            raise ValueError(f"{value!r} is no length; write whole seconds, or for example 90m, 6h, 7d or 1d12h")
         value = sum(int(number) * UNITS[unit] for number, unit in re.findall(r"(\d+)([smhdw])", value))
     if not 1 <= value <= 10 * 366 * 86400:
-        raise ValueError("expected at least one second, and at most ten years")
+        raise ValueError(f"{value} seconds; an interval has at least one, and at most ten years")
     return value
 
 
