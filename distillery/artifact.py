@@ -194,7 +194,7 @@ def parse(data: bytes, where: str) -> Manifest:
         key = ".".join(str(part) for part in first["loc"]) or "its content"
         raise CorruptArtifact(f"{where}: {key}: {first['msg']}; delete it and run its step again") from error
     for name in manifest.files:
-        if not _inside(name):
+        if not is_inside(name):
             raise CorruptArtifact(f"{where} lists the file {name!r}, which is not a plain path inside the artifact")
     return manifest
 
@@ -242,7 +242,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = path.as_posix() == name and "\\" not in name and "\0" not in name
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name != MANIFEST

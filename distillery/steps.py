@@ -31,6 +31,7 @@ from distillery import artifact, console, evaluate, experiment, labels, methods,
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
+from distillery.checkpoints import Checkpoints
 from distillery.code_version import code_version
 from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
@@ -89,7 +90,7 @@ def dataset_spec(source: str) -> Spec:
     return Spec("prepare_data", "dataset", {"dataset": config}, {}, ("data.prepare",), places=places)
 
 
-def prepare_data(source: str, out: Folder, checkpoints: str = "") -> Manifest:
+def prepare_data(source: str, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Real images -> `dataset` artifact: uint8 shards up to 64 px, original photo bytes in tar shards above."""
     step = Execution(dataset_spec(source), Path(out), checkpoints)
     with step.running() as work:
@@ -122,7 +123,7 @@ def teacher_spec(source: str, name: str, data: Folder) -> Spec:
     return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
 
 
-def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Dataset -> `teacher` artifact: trained or given weights; raises when they do not pass the accuracy gate."""
     step = Execution(teacher_spec(source, name, data), Path(out), checkpoints)
     wanted = experiment.teacher_named(experiment.load(source), name)
@@ -157,7 +158,7 @@ def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folde
 
 
 def gather_teachers(
-    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: str = ""
+    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """All teachers, by name -> `teachers` artifact: a folder for each, with the statistics that methods ask for."""
     step = Execution(teachers_spec(source, data, teacher_folders), Path(out), checkpoints)
@@ -189,7 +190,9 @@ def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder) -> Spec
     return Spec("synthesize", "synthetic", config, inputs, code, compute, this)
 
 
-def synthesize(cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def synthesize(
+    cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
+) -> Manifest:
     """Dataset and teachers -> `synthetic` artifact: IPC images per class by the cell's method."""
     this = parse(Cell, cell, "cell")
     step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints)
@@ -219,7 +222,7 @@ def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
 
 
 def synthesize_piece(
-    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Dataset and teachers -> `piece` artifact: one shard of a cell's images."""
     this = parse(Piece, piece, "piece")
@@ -246,7 +249,7 @@ def gather_pieces(
     teachers: Folder,
     piece_folders: Sequence[Folder],
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """All pieces of a cell -> `synthetic` artifact: the one that `synthesize` makes, to the byte."""
     this, parts = parse(Cell, cell, "cell"), [Path(folder) for folder in piece_folders]
@@ -272,7 +275,7 @@ def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teachers: Folder) ->
 
 
 def relabel(
-    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Synthetic images and teachers -> `labels` artifact: soft labels of every view, or a reference to their maker."""
     this = parse(Cell, cell, "cell")
@@ -316,7 +319,7 @@ def evaluate_student(
     synthetic_in: Folder,
     labels_in: Folder,
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """Everything of a cell -> `result` artifact: accuracy last and best of each student trained from scratch."""
     this = parse(Cell, cell, "cell")
