@@ -14,8 +14,9 @@ def plan(
     gathering: dsl.OutputPath(str),  # type: ignore[valid-type]
     code_version: str = "",
     s3_endpoint: str = "",
+    checkpoints: str = "",
 ) -> List[dict]:
-    """Check the experiment before anything is spent and expand it.
+    """Check the experiment and the store of checkpoints before anything is spent, and expand the experiment.
 
     `upstream` and `gathering` are what data and teachers depend on: KFP's cache compares these texts, so another method
     or student makes neither again.
@@ -30,4 +31,4 @@ def plan(
     for name, path in (("prepare_data", upstream), ("gather_teachers", gathering)):
         with open(path, "w", encoding="utf-8") as file:
             file.write(texts[name])
-    return steps.plan(experiment, code_version)
+    return steps.plan(experiment, code_version, checkpoints)

@@ -41,21 +41,27 @@ from distillery.errors import DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
+from distillery.store import check_access
 
 Folder = str | Path
 
 
-def plan(source: str, code: str = "") -> list[dict[str, Any]]:
+def plan(source: str, code: str = "", checkpoints: str = "") -> list[dict[str, Any]]:
     """The cells of an experiment, as JSON-able dicts.
 
     Args:
         source: see `experiment.read`.
         code: code version to stamp on the cells; default is this package's.
+        checkpoints: the URI that later steps get; it and the data set's own store are tried before anything is spent.
 
     Raises:
-        UserError: anything wrong with the experiment.
+        UserError: anything wrong with the experiment, or a store that may not be written.
+        StoreError: a store that does not answer.
     """
-    return [plain(cell) for cell in experiment.check(source, code)]
+    cells = experiment.check(source, code)
+    for place in {checkpoints, experiment.load(source).dataset.store} - {""}:
+        check_access(place)
+    return [plain(cell) for cell in cells]
 
 
 def plan_teachers(source: str, code: str = "") -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def before_cells(
     Returns:
         The cells, the data, and the teachers side by side.
     """
-    planned = fit(plan(experiment=experiment, **code), pods)
+    planned = fit(plan(experiment=experiment, checkpoints=store["checkpoints"], **code), pods)
     data = fit(prepare_data(experiment=planned.outputs["upstream"], **store), pods, **for_data).outputs["data"]
     version = {"code_version": code["code_version"]}
     wanted = fit(plan_teachers(experiment=planned.outputs["gathering"], **version), pods)
