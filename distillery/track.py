@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 
-from distillery.errors import NonFiniteLoss
-from distillery.files import write_atomic
+from distillery.errors import NonFiniteLoss, StoreError
+from distillery.files import disk, sync
 
 Say = Callable[[dict[str, Any]], None]
 CHECKPOINT = "checkpoint"
@@ -119,11 +120,25 @@ class Track:
         if lost:
             self.finite(math.nan, int(values.get("step", values.get("done", 0))), weight=lost.removeprefix("net/"))
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        write_atomic(self._file, to_bytes(plain, metadata={"values": json.dumps(values)}))
+        self._write(self._file, plain, {"values": json.dumps(values)})
         if self._remote is not None:
             self._remote.keep(self._name, self._file)
         self._saved = time.monotonic()
         self._pause = min(2 * self._every, max(self._every, (self._saved - began) / SHARE))
+
+    def _write(self, path: Path, plain: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        part = path.with_suffix(".part")
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(plain, part, metadata=metadata)
+            except SafetensorError as error:
+                raise StoreError(
+                    f"{path} cannot be written ({error}); free space on that disk, then start again"
+                ) from error
+            if self._remote is None:  # a lost machine's disk helps nobody, and waiting for it costs as much as the rest
+                sync(part)
+            os.replace(part, path)
 
     def send(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """As `save`, but only for another machine: no file stays here, and without a store nothing is done."""

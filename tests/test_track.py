@@ -81,7 +81,7 @@ def test_slow_checkpoints_come_less_often(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(track_module.time, "monotonic", lambda: now[0])
     for cost, wait in ((0.1, 30.0), (1.0, 50.0), (10.0, 60.0)):
         track = Track(folder=tmp_path, every=30.0)
-        monkeypatch.setattr(track_module, "write_atomic", lambda *_, cost=cost: now.__setitem__(0, now[0] + cost))
+        monkeypatch.setattr(Track, "_write", lambda *_, cost=cost: now.__setitem__(0, now[0] + cost))
         track.save({}, {})
         now[0] += wait - 0.01
         assert not track.due()
