@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format compile lock minio clean
+.PHONY: help setup demo test lint format compile submit status logs cancel watch lock minio clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -42,6 +42,10 @@ format: $(READY) ## rewrite the sources in the project's format
 
 compile: $(READY) ## compile the pipelines to the committed YAML
 	@$(PY) -m pipelines.compile
+
+submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch
+submit status logs cancel watch: $(READY)
+	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
 	@$(COMPILE) --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null

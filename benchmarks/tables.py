@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    # exit 1 when a part differs from its source (the tests ask this)
 
 A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Results come from the committed result folders, options,
-recipes and costs from the methods themselves; nothing in a part is typed by hand.
+recipes and costs from the methods themselves, what pods ask for from the tables that ask for it; nothing in a part is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from distillery import methods
 from distillery.config import plain
 from distillery.data import DATASETS
 from distillery.methods import METHODS, Method
+from distillery.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "docs" / "results", ROOT / "docs" / "methods"
@@ -169,6 +171,23 @@ def cost(name: str, dataset: str) -> str:
     return f"{forwards:,.0f} + {backwards:,.0f}" if backwards else f"{forwards:,.0f}"
 
 
+def profiles() -> str:
+    """What each part of a run asks for, by hardware profile."""
+    lines = [[f"`{name}`", *(str(ask) for ask in vars(row).values())] for name, row in PROFILES.items()]
+    return markdown(["profile", *next(iter(map(vars, PROFILES.values())))], lines)
+
+
+def constants() -> str:
+    """What each step's pod has whatever the profile."""
+    from pipelines.resources import HOURS, NEEDS
+
+    lines = []
+    for step, need in NEEDS.items():
+        own = f"cpu {need.cpu}, memory {need.memory}" if need.cpu else "the profile's"
+        lines.append([f"`{step}`", own, need.shm, need.scratch, f"{need.deadline / HOURS:g} h"])
+    return markdown(["step", "cpu, memory", "/dev/shm", "scratch", "deadline"], lines)
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rule = "|" + " --- |" * len(head)
@@ -195,6 +214,7 @@ def parts() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"results": results("docs/results/"), "methods": summary("docs/methods/")},
         RESULTS / "README.md": {"results": results("")},
         PAGES / "README.md": {"methods": comparison()},
+        ROOT / "docs" / "resources.md": {"profiles": profiles(), "constants": constants()},
     }
     for name, method in METHODS.items():
         own = {"options": options(method), "recipes": recipes(method), "measured": measured(name)}

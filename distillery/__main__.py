@@ -53,12 +53,12 @@ def plan(
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as the pipeline receives them.")] = False,
 ) -> None:
-    """Print the cells and an estimate of time, memory and bytes on this machine."""
+    """Print the cells, an estimate of time, memory and bytes on this machine, and what each pod would ask for."""
     from distillery import estimate, experiment, steps
 
     source = experiment.override(source, changes or [])
-    cells = steps.plan(source)
-    typer.echo(json.dumps(cells, indent=1) if as_json else estimate.table(source))
+    cells = steps.plan(source, pods={})
+    typer.echo(json.dumps(cells, indent=1) if as_json else f"{estimate.table(source)}\n{estimate.pods(source)}")
 
 
 @app.command()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from distillery import console, experiment, labels, methods, nets
+from distillery import console, experiment, labels, methods, nets, profiles
 from distillery import student as student_module
 from distillery.config import Cell, Experiment, Student, TeacherConfig
-from distillery.data import DATASETS
+from distillery.data import DATASETS, TENSOR_SIDE, limits
 from distillery.device import Compute, choose, hardware
 
 PROBE = 32  # images per measured batch
@@ -42,6 +42,7 @@ def table(source: str) -> str:
     forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
     lines = [
         f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
+        *(f"  {line}" for line in (limits.said(images, info.val, size) if size > TENSOR_SIDE else ())),
         *(f"  teacher {name}: {console.duration(seconds)}" for name, seconds in taught.items()),
         f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
     ]
@@ -54,10 +55,16 @@ def table(source: str) -> str:
         memory = console.size(_peak(cell, classes, size, images))
         times = f"{console.duration(made):>11s} {console.duration(trained):>11s}"
         lines.append(f"  {cell.id:34s} {times} {memory:>10s} {pixels:>10s} {labels_:>10s}")
-    lines.append(
-        f"  together about {console.duration(total)}; training images in memory {console.size(images * 3 * size**2)}"
-    )
+    kept = "" if size > TENSOR_SIDE else f"; training images in memory {console.size(images * 3 * size**2)}"
+    lines.append(f"  together about {console.duration(total)}{kept}")
     return "\n".join(lines)
+
+
+def pods(source: str) -> str:
+    """What the pod of each step would ask for on a cluster."""
+    wanted = experiment.load(source)
+    gathering = bool(experiment.statistics_of(wanted)["kinds"])
+    return profiles.table(wanted, experiment.cells(wanted, wish=profiles.Wish()), gathering=gathering)
 
 
 def _teacher_seconds(one: TeacherConfig, images: int, speeds: dict[str, Speed]) -> float:
