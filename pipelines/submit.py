@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -19,6 +20,7 @@ from pipelines.retry import Limits
 MARK = "distillery-key:"  # in the description of a run, so that it can be found again
 MAX_TEXT = 100_000  # bytes of an experiment: KFP passes no more between steps
 SETTLE = 1.2  # seconds after which two runs of the same second see each other: the API tells no finer time
+SIZES = ("_cpu", "_memory", "_gpus")  # how parameters end that say what pods ask for
 BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of these answers for its key
 
 
@@ -130,17 +132,29 @@ def typed(
         texts["profile"] = profile
     elif profile:
         changes = [*changes, f"profile={profile}"]
-    if source is not None:
-        texts["experiment"], title = experiment_text(source, changes, profile)
-    elif changes:
+    if source is None and changes:
         raise UserError(f"--set {changes[0]!r}: there is no experiment to change; give -x EXPERIMENT")
-    return chosen.checked(texts), title
+    values = chosen.checked(texts)
+    if source is None and not any(name == "profile" or name.endswith(SIZES) for name in values):
+        return values, title
+    from distillery.profiles import Wish  # imports torch, as the check of an experiment does
+
+    known = {each.name for each in fields(Wish)}
+    wish = Wish(**{name: text for name, text in values.items() if name in known})
+    if source is None:
+        return values, title
+    values["experiment"], title = experiment_text(source, changes, wish)
+    return chosen.checked(values), title
 
 
-def experiment_text(source: str, changes: List[str], profile: str = "") -> Tuple[str, str]:
+def experiment_text(source: str, changes: List[str], wish: Any) -> Tuple[str, str]:
     """What to send as the pipeline's parameter `experiment`, and the experiment's name, after every check.
 
     A file's text is sent, since the cluster cannot read it; a URI and a shipped name are sent as they are.
+
+    Args:
+        source, changes: see `experiment.override`.
+        wish: what is asked for pods, a `profiles.Wish`.
 
     Raises:
         UserError: one line per fault of the experiment.
@@ -148,9 +162,8 @@ def experiment_text(source: str, changes: List[str], profile: str = "") -> Tuple
     from distillery import experiment  # imports torch
 
     text = experiment.override(source, changes)
-    wanted = experiment.override(source, [*changes, f"profile={profile}"]) if profile else text
     try:
-        name = experiment.check(wanted)[0].name
+        name = experiment.check(text, wish=wish)[0].name
     except StoreError as error:
         if changes:
             raise

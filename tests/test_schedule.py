@@ -607,11 +607,13 @@ def test_kfps_own_command_reads_what_was_made(kfp: FakeKfp, folder: Path) -> Non
     often = next(key for key, known in kfp.recurring.items() if known["display_name"] == "often")
 
     def ask(*words: str) -> Any:
-        kfp_command = str(Path(sys.executable).with_name("kfp"))
-        command = [kfp_command, "--endpoint", kfp.endpoint, "--output", "json", "recurring-run", *words]
+        program = str(Path(sys.executable).with_name("kfp"))
+        command = [program, "--endpoint", kfp.endpoint, "--output", "json", "recurring-run", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout[done.stdout.index("[" if words[0] == "list" else "{") :])
 
-    assert {row["name"]: row["status"] for row in ask("list")} == {"nightly": "ENABLED", "often": "ENABLED"}
-    assert ask("get", often)["id"] == often
+    assert {row["display_name"]: row["status"] for row in ask("list")} == {"nightly": "ENABLED", "often": "ENABLED"}
+    one = ask("get", often)
+    assert (one["recurring_run_id"], one["max_concurrency"], one["no_catchup"]) == (often, "1", True)
+    assert one["trigger"]["periodic_schedule"]["interval_second"] == "21600"

@@ -155,7 +155,11 @@ def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_p
     path.write_text(yaml.safe_dump(spec))
     assert submit(kfp, str(path), "-x", mine, "--profile", "a10") == 0
     assert sent(kfp)[0]["runtime_config"]["parameters"] == {"experiment": EXPERIMENT, "profile": "a10"}
+    before = len(kfp.requests)
     assert submit(kfp, str(path), "-x", mine, "--profile", "tpu") == 2
+    assert submit(kfp, "-x", mine, "--param", "cell_memory=lots") == 2
+    assert submit(kfp, "--param", "cell_gpus=two") == 2
+    assert len(kfp.requests) == before
 
 
 @pytest.mark.slow  # importing kfp takes 3 to 10 s
