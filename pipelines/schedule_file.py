@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Union
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -28,15 +28,28 @@ def _time(text: str) -> str:
     except ValueError as error:
         raise ValueError(f"{text!r} is no time; write it as 2026-12-01T03:00:00Z") from error
     if found.tzinfo is None:
-        raise ValueError(f"{text!r} is a time without its zone; write {text}Z for UTC, or an offset such as +01:00 instead of Z")
+        raise ValueError(f"{text!r} is a time without its zone; write {text}Z, or +01:00 instead of Z")
     return found.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _zone(text: str) -> str:
+def zone(text: str) -> tzinfo:
+    """The time zone of that name.
+
+    Raises:
+        UserError: this machine knows none of that name.
+    """
+    if text == "UTC":  # also where no database of zones is installed
+        return UTC
     try:
-        ZoneInfo(text)
+        return ZoneInfo(text)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError(f"{text!r} is no time zone; write for example UTC or Europe/Berlin") from error
+        raise UserError(
+            f"{text!r} is no time zone that this machine knows; write UTC or such as Europe/Berlin"
+        ) from error
+
+
+def _zone(text: str) -> str:
+    zone(text)
     return text
 
 
@@ -282,7 +295,7 @@ def next_time(
         None if it never fires again.
 
     Raises:
-        UserError: a cron expression that is none.
+        UserError: a cron expression that is none, or a zone that this machine does not know.
     """
     name, inside = kind(trigger)
     start, end = (
@@ -291,7 +304,7 @@ def next_time(
     )
     if name == "cron":
         after = max(after, start) if start else after
-        found = cron.parse(str(inside.get("cron", ""))).next(after.astimezone(ZoneInfo(timezone)))
+        found = cron.parse(str(inside.get("cron", ""))).next(after.astimezone(zone(timezone)))
     elif name == "interval":
         counted = max(filter(None, (since or after, start)))
         found = counted + timedelta(seconds=int(inside.get("interval_second") or 1))
