@@ -1,0 +1,66 @@
+"""What is examined, and what the checks have learned so far."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.doctor.cluster import Cluster
+from pipelines.doctor.package import Asks
+
+KFP_SECRET = "mlpipeline-minio-artifact"  # what KFP's launcher reads when nothing else is configured
+CONTROLLER = "kubeflow"  # where KFP's own pods run
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a store that the run will use, and where its keys are."""
+
+    name: str
+    uri: str
+    endpoint: str  # "" = Amazon
+    secret: str
+    access: str = "accesskey"
+    key: str = "secretkey"
+    region: str = ""
+
+
+@dataclass
+class Case:
+    """The questions, from the command line, and the answers that later checks build on."""
+
+    endpoint: str = ""
+    token: str = ""
+    namespace: str = ""
+    secret: str = ""
+    store: str = ""
+    package: Path = Path()
+    given: dict[str, Any] = field(default_factory=dict)  # pipeline parameters from the command line
+    pod: bool = True
+    pod_seconds: float = 120.0
+
+    cluster: Cluster | None = None
+    multi_user: bool | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the package, with its defaults
+    asks: Asks | None = None
+    places: list[Place] = field(default_factory=list)
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)  # secret -> its decoded values
+    absent: set[str] = field(default_factory=set)  # secrets known to be missing or unusable
+
+    def known(self) -> set[str]:
+        """Every value that must not be shown."""
+        values = {v for secret in self.keys.values() for v in secret.values()}
+        return {v.strip() for v in values | {self.token} if v.strip()}
+
+    def parameter(self, name: str) -> str:
+        """A text parameter of the package; "" where this package has none of that name."""
+        value = self.parameters.get(name)
+        return value if isinstance(value, str) else ""
+
+    @property
+    def account(self) -> str:
+        """The service account that KFP gives to a run's pods."""
+        return "default-editor" if self.multi_user else "pipeline-runner"
+
+    def path(self, kind: str, name: str = "") -> str:
+        """The path of something in the namespace, for example `secrets`, `pods`."""
+        return f"/api/v1/namespaces/{self.namespace}/{kind}" + (f"/{name}" if name else "")

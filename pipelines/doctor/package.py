@@ -1,0 +1,284 @@
+"""What each step of a compiled package will ask of the cluster, for given parameters.
+
+The package is walked as the cluster's drivers walk it: parameters are handed down, loops are unrolled. The steps that
+only plan are run here, so each cell's own needs are known before anything is submitted.
+"""
+
+import graphlib
+import inspect
+import json
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distillery.errors import DistilleryError, UserError, choices, nearest
+
+PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
+SELECTOR = re.compile(r'parseJson\(string_value\)\["([^"]+)"\]')
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A value that only the run itself will know, and why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the pod of a step asks for. Quantities as Kubernetes writes them; "" where none is set."""
+
+    cpu: str = ""
+    memory: str = ""
+    gpu_type: str = ""
+    gpus: int = 0
+    shm: str = ""  # the size of its memory-backed volumes
+    tolerations: str = "[]"  # JSON, so that equal asks are equal
+    node_selector: str = "{}"
+    labels: str = "{}"
+    image: str = ""
+    secrets: tuple[str, ...] = ()
+    pull_secrets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus} {self.gpu_type}" if self.gpus else ""
+        return f"{self.cpu or 'any'} cpu, {self.memory or 'any'} memory{gpus}"
+
+
+@dataclass
+class Asks:
+    """All steps of a package."""
+
+    steps: dict[Ask, list[str]] = field(default_factory=dict)  # each different ask, and who asks it
+    unknown: dict[str, str] = field(default_factory=dict)  # step -> why its ask is not known here
+
+    def add(self, ask: Ask, step: str) -> None:
+        """Enter what a step asks."""
+        names = self.steps.setdefault(ask, [])
+        if step not in names:
+            names.append(step)
+
+
+class Package:
+    """A compiled pipeline.
+
+    Raises:
+        UserError: the file cannot be read or is no compiled pipeline.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d]
+            self.spec: Object = documents[0]
+            self.root: Object = self.spec["root"]
+            self.components: Object = self.spec["components"]
+            self.executors: Object = self.spec["deploymentSpec"]["executors"]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"package {str(path)!r}: {error}; give a compiled pipeline (YAML)") from error
+        except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"package {str(path)!r} is not a compiled pipeline: {error!r}; run `make compile`") from error
+        self.path = path
+        platform = documents[1] if len(documents) > 1 else {}
+        self.pods: Object = _at(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
+
+    def parameters(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The values of all parameters: what is given, else the package's default.
+
+        Raises:
+            UserError: an unknown name, or a text that is not of the parameter's type.
+        """
+        known: Object = _at(self.root, "inputDefinitions", "parameters")
+        for name in given:
+            if name not in known:
+                raise UserError(
+                    f"{self.path.name} has no parameter {name!r}{nearest(name, known)}; it has {choices(known)}"
+                )
+        return {name: _typed(name, given[name], d) if name in given else d.get("defaultValue") for name, d in known.items()}
+
+    def asks(self, values: dict[str, Any]) -> Asks:
+        """What every step's pod asks for.
+
+        Args:
+            values: see `parameters`.
+
+        Raises:
+            UserError: the experiment is wrong.
+        """
+        found = Asks()
+        self._dag(self.root, values, found)
+        return found
+
+    def _dag(self, component: Object, inputs: Object, found: Asks) -> None:
+        tasks: Object = component["dag"]["tasks"]
+        outputs: dict[str, Object] = {}
+        for name in graphlib.TopologicalSorter({n: t.get("dependentTasks", ()) for n, t in tasks.items()}).static_order():
+            task = tasks[name]
+            given = {k: _value(v, inputs, outputs) for k, v in _at(task, "inputs", "parameters").items()}
+            outputs[name] = {}
+            loop = task.get("parameterIterator")
+            if loop is None:
+                outputs[name] = self._task(task, given, inputs, found)
+                continue
+            items = given.get(loop["items"].get("inputParameter", ""), Unknown(f"{name} loops over an artifact"))
+            if "raw" in loop["items"]:
+                items = json.loads(loop["items"]["raw"])
+            if isinstance(items, Unknown):
+                items = [items]
+            for item in items:
+                self._task(task, given | {loop["itemInput"]: item}, inputs, found)
+
+    def _task(self, task: Object, given: Object, outside: Object, found: Asks) -> Object:
+        """Enter one task, and return those of its outputs that are known without running it."""
+        name = task["componentRef"]["name"]
+        component = self.components[name]
+        defaults = {
+            k: d["defaultValue"] for k, d in _at(component, "inputDefinitions", "parameters").items() if "defaultValue" in d
+        }
+        inputs = defaults | given
+        if "dag" in component:
+            self._dag(component, inputs, found)
+            return {}
+        step, label = name.removeprefix("comp-").replace("-", "_"), component["executorLabel"]
+        step = re.sub(r"_\d+$", "", step)
+        ask = _ask(self.executors[label], self.pods.get(label, {}), inputs, outside)
+        if isinstance(ask, Unknown):
+            found.unknown[step] = ask.why
+        else:
+            found.add(ask, step)
+        wanted: Object = _at(component, "outputDefinitions", "parameters")
+        artifacts = _at(component, "inputDefinitions", "artifacts") or _at(component, "outputDefinitions", "artifacts")
+        if not wanted or artifacts:
+            return {}
+        return _plan_here(step, inputs, wanted)
+
+
+def _plan_here(step: str, inputs: Object, wanted: Object) -> Object:
+    """The outputs of a step that reads parameters and gives parameters: those that plan."""
+    import components
+
+    unknown = next((v for v in inputs.values() if isinstance(v, Unknown)), None)
+    function = getattr(getattr(components, step, None), "python_func", None)
+    if function is None or unknown is not None:
+        why = unknown.why if unknown else f"this version of Distillery has no step {step!r}"
+        return dict.fromkeys(wanted, Unknown(why))
+    arguments = {name: inputs[name] for name in inspect.signature(function).parameters if name in inputs}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in wanted if name != "Output"}
+        try:
+            result = function(**arguments, **{name: str(path) for name, path in files.items()})
+        except UserError:
+            raise
+        except DistilleryError as error:
+            return dict.fromkeys(wanted, Unknown(f"{step} cannot be run here: {error}"))
+        named = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.exists()}
+    return named | {"Output": result}
+
+
+def _ask(executor: Object, pod: Object, inputs: Object, outside: Object) -> "Ask | Unknown":
+    container = executor.get("container", {})
+    resources = container.get("resources", {})
+    accelerator = resources.get("accelerator", {})
+    texts = {
+        "image": container.get("image", ""),
+        "cpu": resources.get("resourceCpuRequest") or resources.get("resourceCpuLimit") or "",
+        "memory": resources.get("resourceMemoryRequest") or resources.get("resourceMemoryLimit") or "",
+        "type": accelerator.get("resourceType") or accelerator.get("type") or "",
+        "gpus": accelerator.get("resourceCount") or accelerator.get("count") or "0",
+    }
+    given = {name: _filled(text, inputs) for name, text in texts.items()}
+    tolerations = [_parameter(t["tolerationJson"], outside) if "tolerationJson" in t else t for t in pod.get("tolerations", [])]
+    place = pod.get("nodeSelector", {})
+    selector = _parameter(place["nodeSelectorJson"], outside) if "nodeSelectorJson" in place else place.get("labels", {})
+    secrets = [_named(s, outside) for s in (*pod.get("secretAsEnv", []), *pod.get("secretAsVolume", [])) if not s.get("optional")]
+    pulls = [_named(s, outside) for s in pod.get("imagePullSecret", [])]
+    labels = {k: _filled(str(v), inputs) for k, v in _at(pod, "podMetadata", "labels").items()}
+    for value in (*given.values(), *tolerations, selector, *secrets, *pulls, *labels.values()):
+        if isinstance(value, Unknown):
+            return value
+    flat = [one for t in tolerations if t for one in (t if isinstance(t, list) else [t])]
+    shm = next((m.get("sizeLimit", "") for m in pod.get("emptyDirMounts", []) if m.get("medium") == "Memory"), "")
+    try:
+        gpus = int(float(given["gpus"] or 0))
+    except ValueError as error:
+        raise UserError(f"a GPU count of {given['gpus']!r}; give a whole number, 0 for none") from error
+    return Ask(
+        cpu=given["cpu"],
+        memory=given["memory"],
+        gpu_type=given["type"] if gpus else "",
+        gpus=gpus,
+        shm=shm,
+        tolerations=json.dumps(flat, sort_keys=True),
+        node_selector=json.dumps(selector or {}, sort_keys=True),
+        labels=json.dumps(labels, sort_keys=True),
+        image=given["image"],
+        secrets=tuple(filter(None, secrets)),
+        pull_secrets=tuple(filter(None, pulls)),
+    )
+
+
+def _value(spec: Object, inputs: Object, outputs: dict[str, Object]) -> Any:
+    """The value of a task's parameter."""
+    if "taskOutputParameter" in spec:
+        where = spec["taskOutputParameter"]
+        why = f"{where['producerTask']} gives it while the run goes on"
+        value = outputs.get(where["producerTask"], {}).get(where["outputParameterKey"], Unknown(why))
+    else:
+        value = _parameter(spec, inputs)
+    selector = SELECTOR.fullmatch(spec.get("parameterExpressionSelector", ""))
+    if selector is None or isinstance(value, Unknown):
+        return value
+    item = json.loads(value) if isinstance(value, str) else value
+    return item.get(selector[1], Unknown(f"an item of the loop has no {selector[1]!r}"))
+
+
+def _parameter(spec: Object, inputs: Object) -> Any:
+    if "componentInputParameter" in spec:
+        name = spec["componentInputParameter"]
+        return inputs.get(name, Unknown(f"the parameter {name!r} has no value"))
+    return spec.get("runtimeValue", {}).get("constant", spec.get("constant"))
+
+
+def _named(spec: Object, outside: Object) -> Any:
+    """The name of a secret, which is written down or a parameter."""
+    return _parameter(spec["secretNameParameter"], outside) if "secretNameParameter" in spec else spec.get("secretName", "")
+
+
+def _filled(text: str, inputs: Object) -> "str | Unknown":
+    """A text with its placeholders replaced."""
+    for name in PLACEHOLDER.findall(text):
+        value = inputs.get(name, Unknown(f"the parameter {name!r} has no value"))
+        if isinstance(value, Unknown):
+            return value
+        if isinstance(value, str) and PLACEHOLDER.search(value):
+            filled = _filled(value, {k: v for k, v in inputs.items() if k != name})
+            if isinstance(filled, Unknown):
+                return filled
+            value = filled
+        text = text.replace(f"{{{{$.inputs.parameters['{name}']}}}}", str(value))
+    return text
+
+
+def _typed(name: str, given: Any, definition: Object) -> Any:
+    if not isinstance(given, str) or definition.get("parameterType") == "STRING":
+        return given
+    kinds = {"LIST": list, "STRUCT": dict, "BOOLEAN": bool, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
+    wanted = definition.get("parameterType", "")
+    try:
+        value = json.loads(given)
+    except ValueError as error:
+        raise UserError(f"parameter {name} is {given!r}, which is not JSON ({error}); it is a {wanted}") from error
+    if not isinstance(value, kinds.get(wanted, object)):
+        raise UserError(f"parameter {name} is {given!r}; it must be a {wanted}")
+    return value
+
+
+def _at(tree: Any, *path: str) -> Object:
+    """The dict at a path of keys, empty where there is none."""
+    for key in path:
+        tree = (tree or {}).get(key)
+    return tree or {}
