@@ -28,28 +28,30 @@ class Place:
 class Case:
     """The questions, from the command line, and the answers that later checks build on."""
 
-    endpoint: str = ""
-    token: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # where KFP is and who asks, see pipelines/options.py
     namespace: str = ""
     secret: str = ""
     store: str = ""
     package: Path = Path()
-    given: dict[str, Any] = field(default_factory=dict)  # pipeline parameters from the command line
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the package: what was given, else its defaults
     pod: bool = True
     pod_seconds: float = 120.0
+    no_pod: str = "--no-pod was given"
 
     cluster: Cluster | None = None
     multi_user: bool | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the package, with its defaults
+    has_namespace: bool = False
+    account_there: bool = True
     asks: Asks | None = None
     places: list[Place] = field(default_factory=list)
     keys: dict[str, dict[str, str]] = field(default_factory=dict)  # secret -> its decoded values
     absent: set[str] = field(default_factory=set)  # secrets known to be missing or unusable
+    tokens: set[str] = field(default_factory=set)
 
     def known(self) -> set[str]:
         """Every value that must not be shown."""
         values = {v for secret in self.keys.values() for v in secret.values()}
-        return {v.strip() for v in values | {self.token} if v.strip()}
+        return {v.strip() for v in values | self.tokens if v.strip()}
 
     def parameter(self, name: str) -> str:
         """A text parameter of the package; "" where this package has none of that name."""

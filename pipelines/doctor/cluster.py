@@ -74,27 +74,29 @@ class Cluster:
                 raise
 
     def text(self, path: str, **query: str) -> str:
-        """What a path answers that does not speak JSON: a log."""
-        return str(self._call("GET", path, query=query, kind="str"))
+        """What a path answers that is not an object: a log."""
+        return bytes(self._call("GET", path, query=query, raw=True)).decode("utf-8", "replace")
 
     def _call(
-        self, method: str, path: str, body: Object | None = None, query: dict[str, str] | None = None, kind: str = "object"
+        self, method: str, path: str, body: Object | None = None, query: dict[str, str] | None = None, raw: bool = False
     ) -> Any:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         def call() -> Any:
-            return self._client.call_api(
+            answer = self._client.call_api(
                 path,
                 method,
                 query_params=list((query or {}).items()),
-                header_params={"Accept": "application/json" if kind == "object" else "*/*"},
+                header_params={"Accept": "*/*" if raw else "application/json"},
                 body=body,
-                response_type=kind,
+                response_type="object",
                 auth_settings=["BearerToken"],
                 _return_http_data_only=True,
+                _preload_content=not raw,  # or it parses a log that looks like JSON
                 _request_timeout=(CONNECT, READ),
             )
+            return answer.data if raw else answer
 
         what = f"{method} {path}"
         try:

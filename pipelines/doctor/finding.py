@@ -41,6 +41,12 @@ def skipped(check: str, why: str) -> Finding:
     return Finding(check, Status.skipped, why)
 
 
+def told(check: str, error: Exception) -> Finding:
+    """An error as a finding: the errors of this project end with what to do, after a semicolon."""
+    says, _, do = str(error).rpartition("; ")
+    return wrong(check, says or do, do if says else "see above")
+
+
 def hide(finding: Finding, secrets: Iterable[str]) -> Finding:
     """The finding without the secrets' values: a server's error may repeat what it was sent."""
     said, do = finding.says, finding.do

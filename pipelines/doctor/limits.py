@@ -6,10 +6,11 @@ from typing import Any
 
 from pipelines.doctor.case import Case
 from pipelines.doctor.finding import Finding, ok, wrong
-from pipelines.doctor.nodes import DRIVER, amounts, quantity, shown
+from pipelines.doctor.nodes import DRIVER, amounts, container, quantity, shown
 from pipelines.doctor.package import Ask
 
 Object = dict[str, Any]
+DRIVER_LIMITS = Ask(cpu="500m", memory="512Mi")
 # Every pod of a run has requests, and a deadline where it is a step's.
 SCOPES = {"NotBestEffort": True, "BestEffort": False, "Terminating": True, "NotTerminating": False}
 
@@ -22,13 +23,19 @@ def quota(case: Case) -> Iterator[Finding]:
     found = [*_quota(case, quotas), *_range(case, ranges)]
     names = [f"ResourceQuota {q['metadata']['name']}" for q in quotas]
     names += [f"LimitRange {r['metadata']['name']}" for r in ranges]
-    yield from found or [ok("quota", f"{', '.join(names) or 'no ResourceQuota and no LimitRange'}: room for every step")]
+    yield from found or [
+        ok("quota", f"{', '.join(names) or 'no ResourceQuota and no LimitRange'}: room for every step")
+    ]
 
 
 def shm(case: Case) -> Iterator[Finding]:
     """Shared memory is a part of the pod's memory, and must be smaller."""
     asks = case.asks.steps if case.asks else {}
-    wide = {ask: steps for ask, steps in asks.items() if ask.shm and ask.memory and quantity(ask.shm) >= quantity(ask.memory)}
+    wide = {
+        ask: steps
+        for ask, steps in asks.items()
+        if ask.shm and ask.memory and quantity(ask.shm) >= quantity(ask.memory)
+    }
     for ask, steps in wide.items():
         yield wrong(
             "shared memory",
@@ -37,8 +44,12 @@ def shm(case: Case) -> Iterator[Finding]:
         )
     if asks and not wide:
         sizes = sorted({ask.shm for ask in asks if ask.shm}, key=quantity)
-        yield ok("shared memory", f"/dev/shm of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))}, within each memory limit"
-                 if sizes else "no step asks for more than a pod's 64 MiB")
+        yield ok(
+            "shared memory",
+            f"/dev/shm of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))}, within each memory limit"
+            if sizes
+            else "no step asks for more than a pod's 64 MiB",
+        )
 
 
 def _quota(case: Case, quotas: list[Object]) -> Iterator[Finding]:
@@ -67,9 +78,13 @@ def _range(case: Case, ranges: list[Object]) -> Iterator[Finding]:
             if rule.get("type") not in ("Container", "Pod"):
                 continue
             for ask, steps in _everyone(case):
-                for key, amount in amounts(ask).items():
-                    for bound, broken in (("max", amount > _bound(rule, "max", key)), ("min", amount < _bound(rule, "min", key))):
-                        if broken and key != "pods":
+                most = DRIVER_LIMITS if ask == DRIVER else ask
+                for key, amount in (container(most) if rule["type"] == "Container" else amounts(most)).items():
+                    for bound, broken in (
+                        ("max", amount > _bound(rule, "max", key)),
+                        ("min", amount < _bound(rule, "min", key)),
+                    ):
+                        if broken and key in (rule.get(bound) or {}):
                             yield wrong(
                                 "limits",
                                 f"{', '.join(steps)} is refused: asks {shown(key, amount)} {key}; LimitRange {name} of "
@@ -84,11 +99,10 @@ def _everyone(case: Case) -> list[tuple[Ask, list[str]]]:
 
 def _counted(ask: Ask) -> dict[str, Decimal]:
     """What a pod counts for in a quota; a step's limits are its requests."""
-    found = amounts(ask)
+    found, most = amounts(ask), amounts(DRIVER_LIMITS if ask == DRIVER else ask)
     counted = {"pods": Decimal(1), "count/pods": Decimal(1)}
-    for name, amount in found.items():
-        if name != "pods":
-            counted |= {f"requests.{name}": amount, f"limits.{name}": amount}
+    for name in set(found) - {"pods"}:
+        counted |= {f"requests.{name}": found[name], f"limits.{name}": most[name]}
     return counted | {"cpu": found["cpu"], "memory": found["memory"]}
 
 

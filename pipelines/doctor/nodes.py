@@ -16,9 +16,8 @@ from pipelines.doctor.package import Ask
 Object = dict[str, Any]
 Amounts = dict[str, Decimal]
 SHOWN = 3  # nodes named in one line
-# Beside a step's own container Argo runs one that waits for it; KFP's driver pods ask for about as much as a driver says.
-BESIDE = {"cpu": Decimal("0.01"), "memory": Decimal(32 << 20)}
-DRIVER = Ask(cpu="110m", memory="96Mi")
+BESIDE = {"cpu": Decimal("0.01"), "memory": Decimal(32 << 20)}  # Argo's container that waits for the step's own
+DRIVER = Ask(cpu="100m", memory="64Mi")  # what KFP gives its drivers
 
 
 @dataclass
@@ -132,8 +131,12 @@ def amounts(ask: Ask) -> Amounts:
     Raises:
         UserError: a quantity that Kubernetes would refuse.
     """
-    found = {"cpu": quantity(ask.cpu or "0"), "memory": quantity(ask.memory or "0"), "pods": Decimal(1)}
-    found = {name: amount + BESIDE.get(name, 0) for name, amount in found.items()}
+    return total([container(ask), BESIDE, {"pods": Decimal(1)}])
+
+
+def container(ask: Ask) -> Amounts:
+    """What the step's own container asks, by resource."""
+    found = {"cpu": quantity(ask.cpu or "0"), "memory": quantity(ask.memory or "0")}
     return found | ({ask.gpu_type: Decimal(ask.gpus)} if ask.gpus else {})
 
 
@@ -141,14 +144,14 @@ def requests(spec: Object) -> Amounts:
     """What a pod holds of its node: its containers together, or the largest of those that run before them."""
     together: Amounts = defaultdict(Decimal)
     before: Amounts = defaultdict(Decimal)
-    for container in spec.get("initContainers") or []:
-        asked = _requested(container)
-        if container.get("restartPolicy") == "Always":
+    for one in spec.get("initContainers") or []:
+        asked = _requested(one)
+        if one.get("restartPolicy") == "Always":
             _add(together, asked)
         for name, amount in asked.items():
             before[name] = max(before[name], amount)
-    for container in spec.get("containers") or []:
-        _add(together, _requested(container))
+    for one in spec.get("containers") or []:
+        _add(together, _requested(one))
     found = {name: max(together[name], before[name]) for name in {*together, *before}}
     for name, text in (spec.get("overhead") or {}).items():
         found[name] = found.get(name, Decimal(0)) + quantity(text)
@@ -205,7 +208,9 @@ def _advice(ask: Ask, found: list[Misfit], nodes: list[Node], drivers: bool) -> 
         return free if near.place else f"{free}: end or move other pods, or add a node"
     said = []
     if ask.gpus and not any(node.whole.get(ask.gpu_type) for node in nodes):
-        offered = sorted({n for node in nodes for n, amount in node.whole.items() if "/" in n and amount} - {"hugepages"})
+        offered = sorted(
+            {n for node in nodes for n, amount in node.whole.items() if "/" in n and amount} - {"hugepages"}
+        )
         offers = f"; nodes offer {', '.join(offered)} (--param gpu_type=...)" if offered else ""
         said.append(f"add a node with {ask.gpu_type} and its device plugin, or ask for no GPU{offers}")
     else:
@@ -217,9 +222,13 @@ def _advice(ask: Ask, found: list[Misfit], nodes: list[Node], drivers: bool) -> 
         if not near.node.ready:
             said.append(f"repair {near.node.name} (kubectl describe node {near.node.name})")
         if any(text.startswith("label ") for text in near.place):
-            said.append(f"another --param node_selector=..., or label the node: kubectl label node {near.node.name} ...")
+            said.append(
+                f"another --param node_selector=..., or label the node: kubectl label node {near.node.name} ..."
+            )
         if near.size:
-            said.append("ask for less (the step's cpu, memory and gpus parameters, or another profile), or a larger node")
+            said.append(
+                "ask for less (the step's cpu, memory and gpus parameters, or another profile), or a larger node"
+            )
         elif near.busy:
             said.append("wait for running pods to end, ask for less, or add a node")
     return "; ".join(said)
@@ -237,7 +246,9 @@ def _node(found: Object) -> Node:
 
 def _requested(container: Object) -> Amounts:
     given = container.get("resources") or {}
-    return {name: quantity(text) for name, text in {**(given.get("limits") or {}), **(given.get("requests") or {})}.items()}
+    return {
+        name: quantity(text) for name, text in {**(given.get("limits") or {}), **(given.get("requests") or {})}.items()
+    }
 
 
 def _add(to: Amounts, more: Amounts) -> None:

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class Unknown:
     why: str
 
 
+class NotKnown(DistilleryError):
+    """Something depends on an `Unknown`."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """What the pod of a step asks for. Quantities as Kubernetes writes them; "" where none is set."""
@@ -40,7 +45,6 @@ class Ask:
     shm: str = ""  # the size of its memory-backed volumes
     tolerations: str = "[]"  # JSON, so that equal asks are equal
     node_selector: str = "{}"
-    labels: str = "{}"
     image: str = ""
     secrets: tuple[str, ...] = ()
     pull_secrets: tuple[str, ...] = ()
@@ -81,7 +85,9 @@ class Package:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"package {str(path)!r}: {error}; give a compiled pipeline (YAML)") from error
         except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"package {str(path)!r} is not a compiled pipeline: {error!r}; run `make compile`") from error
+            raise UserError(
+                f"package {str(path)!r} is not a compiled pipeline: {error!r}; run `make compile`"
+            ) from error
         self.path = path
         platform = documents[1] if len(documents) > 1 else {}
         self.pods: Object = _at(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
@@ -98,7 +104,9 @@ class Package:
                 raise UserError(
                     f"{self.path.name} has no parameter {name!r}{nearest(name, known)}; it has {choices(known)}"
                 )
-        return {name: _typed(name, given[name], d) if name in given else d.get("defaultValue") for name, d in known.items()}
+        return {
+            name: _typed(name, given[name], d) if name in given else d.get("defaultValue") for name, d in known.items()
+        }
 
     def asks(self, values: dict[str, Any]) -> Asks:
         """What every step's pod asks for.
@@ -116,7 +124,9 @@ class Package:
     def _dag(self, component: Object, inputs: Object, found: Asks) -> None:
         tasks: Object = component["dag"]["tasks"]
         outputs: dict[str, Object] = {}
-        for name in graphlib.TopologicalSorter({n: t.get("dependentTasks", ()) for n, t in tasks.items()}).static_order():
+        for name in graphlib.TopologicalSorter(
+            {n: t.get("dependentTasks", ()) for n, t in tasks.items()}
+        ).static_order():
             task = tasks[name]
             given = {k: _value(v, inputs, outputs) for k, v in _at(task, "inputs", "parameters").items()}
             outputs[name] = {}
@@ -137,7 +147,9 @@ class Package:
         name = task["componentRef"]["name"]
         component = self.components[name]
         defaults = {
-            k: d["defaultValue"] for k, d in _at(component, "inputDefinitions", "parameters").items() if "defaultValue" in d
+            k: d["defaultValue"]
+            for k, d in _at(component, "inputDefinitions", "parameters").items()
+            if "defaultValue" in d
         }
         inputs = defaults | given
         if "dag" in component:
@@ -145,11 +157,10 @@ class Package:
             return {}
         step, label = name.removeprefix("comp-").replace("-", "_"), component["executorLabel"]
         step = re.sub(r"_\d+$", "", step)
-        ask = _ask(self.executors[label], self.pods.get(label, {}), inputs, outside)
-        if isinstance(ask, Unknown):
-            found.unknown[step] = ask.why
-        else:
-            found.add(ask, step)
+        try:
+            found.add(_ask(self.executors[label], self.pods.get(label, {}), inputs, outside), step)
+        except NotKnown as error:
+            found.unknown[step] = str(error)
         wanted: Object = _at(component, "outputDefinitions", "parameters")
         artifacts = _at(component, "inputDefinitions", "artifacts") or _at(component, "outputDefinitions", "artifacts")
         if not wanted or artifacts:
@@ -179,45 +190,46 @@ def _plan_here(step: str, inputs: Object, wanted: Object) -> Object:
     return named | {"Output": result}
 
 
-def _ask(executor: Object, pod: Object, inputs: Object, outside: Object) -> "Ask | Unknown":
+def _ask(executor: Object, pod: Object, inputs: Object, outside: Object) -> Ask:
+    """What an executor's pod asks for.
+
+    Args:
+        executor: its entry in the package.
+        pod: its settings for Kubernetes.
+        inputs, outside: parameters of the step, and of the pipeline around it, which `pod` refers to.
+
+    Raises:
+        NotKnown: it depends on what only the run will know.
+    """
     container = executor.get("container", {})
     resources = container.get("resources", {})
     accelerator = resources.get("accelerator", {})
-    texts = {
-        "image": container.get("image", ""),
-        "cpu": resources.get("resourceCpuRequest") or resources.get("resourceCpuLimit") or "",
-        "memory": resources.get("resourceMemoryRequest") or resources.get("resourceMemoryLimit") or "",
-        "type": accelerator.get("resourceType") or accelerator.get("type") or "",
-        "gpus": accelerator.get("resourceCount") or accelerator.get("count") or "0",
-    }
-    given = {name: _filled(text, inputs) for name, text in texts.items()}
-    tolerations = [_parameter(t["tolerationJson"], outside) if "tolerationJson" in t else t for t in pod.get("tolerations", [])]
-    place = pod.get("nodeSelector", {})
-    selector = _parameter(place["nodeSelectorJson"], outside) if "nodeSelectorJson" in place else place.get("labels", {})
-    secrets = [_named(s, outside) for s in (*pod.get("secretAsEnv", []), *pod.get("secretAsVolume", [])) if not s.get("optional")]
-    pulls = [_named(s, outside) for s in pod.get("imagePullSecret", [])]
-    labels = {k: _filled(str(v), inputs) for k, v in _at(pod, "podMetadata", "labels").items()}
-    for value in (*given.values(), *tolerations, selector, *secrets, *pulls, *labels.values()):
-        if isinstance(value, Unknown):
-            return value
-    flat = [one for t in tolerations if t for one in (t if isinstance(t, list) else [t])]
-    shm = next((m.get("sizeLimit", "") for m in pod.get("emptyDirMounts", []) if m.get("medium") == "Memory"), "")
+    cpu = resources.get("resourceCpuRequest") or resources.get("resourceCpuLimit") or ""
+    memory = resources.get("resourceMemoryRequest") or resources.get("resourceMemoryLimit") or ""
+    count = _filled(accelerator.get("resourceCount") or accelerator.get("count") or "0", inputs)
     try:
-        gpus = int(float(given["gpus"] or 0))
+        gpus = int(float(count or 0))
     except ValueError as error:
-        raise UserError(f"a GPU count of {given['gpus']!r}; give a whole number, 0 for none") from error
+        raise UserError(f"a GPU count of {count!r}; give a whole number, 0 for none") from error
+    tolerations = [
+        _parameter(t["tolerationJson"], outside) if "tolerationJson" in t else t for t in _list(pod, "tolerations")
+    ]
+    place = pod.get("nodeSelector") or {}
+    json_place = place.get("nodeSelectorJson")
+    selector = known(_parameter(json_place, outside)) if json_place else place.get("labels", {})
+    secrets = [s for s in (*_list(pod, "secretAsEnv"), *_list(pod, "secretAsVolume")) if not s.get("optional")]
+    memory_volumes = [m for m in _list(pod, "emptyDirMounts") if m.get("medium") == "Memory"]
     return Ask(
-        cpu=given["cpu"],
-        memory=given["memory"],
-        gpu_type=given["type"] if gpus else "",
+        cpu=_filled(cpu, inputs),
+        memory=_filled(memory, inputs),
+        gpu_type=_filled(accelerator.get("resourceType") or accelerator.get("type") or "", inputs) if gpus else "",
         gpus=gpus,
-        shm=shm,
-        tolerations=json.dumps(flat, sort_keys=True),
+        shm=memory_volumes[0].get("sizeLimit", "") if memory_volumes else "",
+        tolerations=json.dumps(_flat(map(known, tolerations)), sort_keys=True),
         node_selector=json.dumps(selector or {}, sort_keys=True),
-        labels=json.dumps(labels, sort_keys=True),
-        image=given["image"],
-        secrets=tuple(filter(None, secrets)),
-        pull_secrets=tuple(filter(None, pulls)),
+        image=_filled(container.get("image", ""), inputs),
+        secrets=tuple(filter(None, (_named(s, outside) for s in secrets))),
+        pull_secrets=tuple(filter(None, (_named(s, outside) for s in _list(pod, "imagePullSecret")))),
     )
 
 
@@ -243,30 +255,56 @@ def _parameter(spec: Object, inputs: Object) -> Any:
     return spec.get("runtimeValue", {}).get("constant", spec.get("constant"))
 
 
-def _named(spec: Object, outside: Object) -> Any:
+def _named(spec: Object, outside: Object) -> str:
     """The name of a secret, which is written down or a parameter."""
-    return _parameter(spec["secretNameParameter"], outside) if "secretNameParameter" in spec else spec.get("secretName", "")
+    if "secretNameParameter" in spec:
+        return str(known(_parameter(spec["secretNameParameter"], outside)) or "")
+    return str(spec.get("secretName", ""))
 
 
-def _filled(text: str, inputs: Object) -> "str | Unknown":
-    """A text with its placeholders replaced."""
+def _filled(text: str, inputs: Object) -> str:
+    """A text with its placeholders replaced.
+
+    Raises:
+        NotKnown: by a value that only the run will know.
+    """
     for name in PLACEHOLDER.findall(text):
-        value = inputs.get(name, Unknown(f"the parameter {name!r} has no value"))
-        if isinstance(value, Unknown):
-            return value
-        if isinstance(value, str) and PLACEHOLDER.search(value):
-            filled = _filled(value, {k: v for k, v in inputs.items() if k != name})
-            if isinstance(filled, Unknown):
-                return filled
-            value = filled
+        value = known(inputs.get(name, Unknown(f"the parameter {name!r} has no value")))
+        if isinstance(value, str):
+            value = _filled(value, {k: v for k, v in inputs.items() if k != name})
         text = text.replace(f"{{{{$.inputs.parameters['{name}']}}}}", str(value))
     return text
+
+
+def known(value: Any) -> Any:
+    """The value itself.
+
+    Raises:
+        NotKnown: only the run will know it.
+    """
+    if isinstance(value, Unknown):
+        raise NotKnown(value.why)
+    return value
+
+
+def _flat(many: Iterable[Any]) -> list[Object]:
+    return [one for some in many if some for one in (some if isinstance(some, list) else [some])]
+
+
+def _list(tree: Object, key: str) -> list[Object]:
+    return tree.get(key) or []
 
 
 def _typed(name: str, given: Any, definition: Object) -> Any:
     if not isinstance(given, str) or definition.get("parameterType") == "STRING":
         return given
-    kinds = {"LIST": list, "STRUCT": dict, "BOOLEAN": bool, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
+    kinds: dict[str, Any] = {
+        "LIST": list,
+        "STRUCT": dict,
+        "BOOLEAN": bool,
+        "NUMBER_INTEGER": int,
+        "NUMBER_DOUBLE": (int, float),
+    }
     wanted = definition.get("parameterType", "")
     try:
         value = json.loads(given)
