@@ -18,6 +18,7 @@ COMMANDS = {
     "logs": "pipelines.runs",
     "cancel": "pipelines.runs",
     "watch": "pipelines.watch",
+    "doctor": "pipelines.doctor",
 }
 
 

@@ -5,6 +5,7 @@ sends, and the checks look at few fields.
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -105,7 +106,8 @@ class Cluster:
             said = _said(error)
             raise ClusterError(f"{what}: {said['message']}", error.status or 0, said["reason"]) from error
         except (HTTPError, OSError, ValueError) as error:
-            raise ClusterError(f"{self.name}: {error!s:.{SHOWN}}") from error
+            cause = getattr(error, "reason", None) or error  # what was behind the last try
+            raise ClusterError(f"{self.name}: {cause!s:.{SHOWN}}") from error
 
 
 def within(seconds: float, what: str, work: Callable[[], Got]) -> Got:
@@ -140,8 +142,9 @@ def _connect() -> tuple[Any, str]:
     settings = client.Configuration()
     settings.retries = 0
     try:
-        config.load_kube_config(client_configuration=settings)
-        name = f"context {config.list_kube_config_contexts()[1]['name']} at {settings.host}"
+        path = os.environ.get("KUBECONFIG") or config.KUBE_CONFIG_DEFAULT_LOCATION  # it reads the variable only once
+        config.load_kube_config(path, client_configuration=settings)
+        name = f"context {config.list_kube_config_contexts(path)[1]['name']} at {settings.host}"
     except ConfigException as outside:
         try:
             config.load_incluster_config(client_configuration=settings)
