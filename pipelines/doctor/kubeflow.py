@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from distillery.errors import DistilleryError
-from pipelines.api import Client, Unreachable
+from pipelines.api import Client, Refused
 from pipelines.doctor.case import CONTROLLER, Case
 from pipelines.doctor.cluster import ClusterError
 from pipelines.doctor.finding import Finding, ok, skipped, told, wrong
@@ -23,7 +23,7 @@ def check(case: Case) -> Iterator[Finding]:
         case.tokens |= {client.to.token, *client.to.headers.values()}
         health = client.health
     except DistilleryError as error:
-        check = "endpoint" if isinstance(error, Unreachable) or "endpoint" in str(error)[:9] else "token"
+        check = "token" if isinstance(error, Refused) and "token" in str(error) else "endpoint"
         yield told(check, error)
         return
     case.multi_user = bool(health["multi_user"])

@@ -20,6 +20,7 @@ from distillery.errors import DistilleryError, UserError, choices, nearest
 
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 SELECTOR = re.compile(r'parseJson\(string_value\)\["([^"]+)"\]')
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML brings it
 Object = dict[str, Any]
 
 
@@ -77,7 +78,7 @@ class Package:
 
     def __init__(self, path: Path) -> None:
         try:
-            documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d]
+            documents = [d for d in yaml.load_all(path.read_text(encoding="utf-8"), LOADER) if d]
             self.spec: Object = documents[0]
             self.root: Object = self.spec["root"]
             self.components: Object = self.spec["components"]

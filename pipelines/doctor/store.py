@@ -14,7 +14,6 @@ from pipelines.doctor.cluster import within
 from pipelines.doctor.finding import Finding, ok, skipped, told
 
 SECONDS = 40.0  # the store's own patience ends long before
-VARIABLES = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -30,6 +29,9 @@ def from_here(case: Case, place: Place) -> Finding:
     check = f"{place.name}, here"
     if place.secret in case.absent:
         return skipped(check, f"{place.uri}: secret {place.secret} is not usable, see above")
+    if place.secret not in case.keys and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        why = f"the keys of secret {place.secret} cannot be read here, and AWS_ACCESS_KEY_ID is not set"
+        return skipped(check, f"{place.uri}: {why}")
     host = urlsplit(place.endpoint).hostname or ""
     if host and not _known(host):
         return skipped(check, f"{place.uri}: {host} is a name that this machine does not know; the pod tells")
