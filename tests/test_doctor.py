@@ -280,8 +280,8 @@ def test_quota(world: World) -> None:
     hard = {"requests.memory": "10Gi", "pods": "50"}
     world.kube.put(f"{SPACE}/resourcequotas/small", spec={"hard": hard}, status={"hard": hard, "used": {"pods": "1"}})
     said = world.fault("quota")
-    assert "train_teacher, gather_teachers never fits" in said
-    assert "ResourceQuota small" in said
+    assert "ResourceQuota small of kubeflow allows requests.memory 10Gi" in said
+    assert "train_teacher, gather_teachers can never start" in said
 
 
 def test_quota_that_is_used_up(world: World) -> None:

@@ -34,7 +34,7 @@ def package(case: Case) -> Iterable[Finding]:
     """What each step of the package asks, for the parameters given."""
     quickly = {"DISTILLERY_STORE_TIMEOUT": "10"}  # for an experiment that lies in a store
     own = Place("experiment", "", case.parameter("s3_endpoint"), case.secret, region=case.parameter("s3_region"))
-    with store.variables(store.settings(case, own) | quickly):
+    with store.variables(store.settings(case, own) | quickly), store.quiet():
         case.asks = Package(case.package).asks(case.parameters)
     count = len({step for steps in case.asks.steps.values() for step in steps})
     yield ok("package", f"{case.package.name}: {count} steps, experiment {_short(case.parameter('experiment'))!r}")

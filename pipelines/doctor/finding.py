@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+WIDTH = 22  # of the column that says what was looked at
 SHORTEST = 6  # shorter values would be hidden inside ordinary words
 
 
@@ -57,8 +58,8 @@ def hide(finding: Finding, secrets: Iterable[str]) -> Finding:
 
 def line(finding: Finding) -> str:
     """As people read it."""
-    text = f"{finding.status:<8} {finding.check:<16} {one_line(finding.says)}"
-    return f"{text}\n{'':<8} {'':<13} -> {one_line(finding.do)}" if finding.do else text
+    text = f"{finding.status:<8} {finding.check:<{WIDTH}} {one_line(finding.says)}"
+    return f"{text}\n{'->':>{WIDTH + 9}} {one_line(finding.do)}" if finding.do else text
 
 
 def summary(findings: list[Finding]) -> str:

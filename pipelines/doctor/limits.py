@@ -56,19 +56,20 @@ def _quota(case: Case, quotas: list[Object]) -> Iterator[Finding]:
     for one in quotas:
         name, status = one["metadata"]["name"], one.get("status") or {}
         hard, used = status.get("hard") or one["spec"].get("hard") or {}, status.get("used") or {}
+        over: dict[tuple[str, bool], tuple[Decimal, list[str]]] = {}  # what, and whether ever -> the most, and who
         for ask, steps in _everyone(case):
             for key, amount in _counted(ask).items():
-                if key not in hard:
-                    continue
-                limit, taken = quantity(hard[key]), quantity(used.get(key, "0"))
-                if amount > limit - taken:
-                    never = "never fits" if amount > limit else "does not fit now"
-                    yield wrong(
-                        "quota",
-                        f"{', '.join(steps)} {never}: asks {shown(key, amount)} {key}; ResourceQuota {name} of "
-                        f"{case.namespace} allows {shown(key, limit)}, {shown(key, taken)} used",
-                        f"raise it (kubectl -n {case.namespace} edit resourcequota {name}) or ask for less",
-                    )
+                if key in hard and amount > quantity(hard[key]) - quantity(used.get(key, "0")):
+                    most, who = over.get((key, amount > quantity(hard[key])), (Decimal(0), []))
+                    over[key, amount > quantity(hard[key])] = max(most, amount), [*who, *steps]
+        for (key, never), (amount, who) in over.items():
+            room = f"{shown(key, quantity(hard[key]))}, {shown(key, quantity(used.get(key, '0')))} used"
+            yield wrong(
+                "quota",
+                f"ResourceQuota {name} of {case.namespace} allows {key} {room}: {', '.join(who)} "
+                f"{'can never start' if never else 'must wait'}, a pod takes {shown(key, amount)}",
+                f"raise it (kubectl -n {case.namespace} edit resourcequota {name}) or ask for less",
+            )
 
 
 def _range(case: Case, ranges: list[Object]) -> Iterator[Finding]:

@@ -196,7 +196,7 @@ def _judge(title: str, who: str, ask: Ask, nodes: list[Node]) -> Finding:
     found = sorted((m for m in misfits if m is not None), key=lambda m: m.distance)
     near = "; ".join(map(str, found[:SHOWN])) + (f"; and {len(found) - SHOWN} more nodes" if found[SHOWN:] else "")
     later = any(not m.place and not m.size for m in found)
-    when = "no node has room now (the pod waits until others end)" if later else "no node can ever take it"
+    when = "no node has room now (the pod waits until others end)" if later else "no node takes it"
     return wrong(title, f"{who} asks {asks}: {when}: {near}", _advice(ask, found, nodes, title == "drivers"))
 
 
@@ -204,7 +204,7 @@ def _advice(ask: Ask, found: list[Misfit], nodes: list[Node], drivers: bool) -> 
     """What would make the nearest node fit."""
     near = found[0]
     if drivers:
-        free = "leave a node without NoSchedule taints, with room for small pods"
+        free = "leave a healthy node without NoSchedule taints, with room for small pods"
         return free if near.place else f"{free}: end or move other pods, or add a node"
     said = []
     if ask.gpus and not any(node.whole.get(ask.gpu_type) for node in nodes):
@@ -214,13 +214,13 @@ def _advice(ask: Ask, found: list[Misfit], nodes: list[Node], drivers: bool) -> 
         offers = f"; nodes offer {', '.join(offered)} (--param gpu_type=...)" if offered else ""
         said.append(f"add a node with {ask.gpu_type} and its device plugin, or ask for no GPU{offers}")
     else:
-        untolerated = [t for t in near.node.taints if t.get("effect") != "PreferNoSchedule"]
+        untolerated = [t for t in near.node.taints if t.get("effect") != "PreferNoSchedule" and not _own_sign(t)]
         untolerated = [t for t in untolerated if not any(tolerates(o, t) for o in json.loads(ask.tolerations))]
         if untolerated:
             wanted = [{"key": t["key"], "operator": "Exists", "effect": t["effect"]} for t in untolerated]
             said.append(f"--param 'tolerations={json.dumps(json.loads(ask.tolerations) + wanted)}'")
-        if not near.node.ready:
-            said.append(f"repair {near.node.name} (kubectl describe node {near.node.name})")
+        if _sick(near.node):
+            said.append(f"repair or uncordon {near.node.name} (kubectl describe node {near.node.name})")
         if any(text.startswith("label ") for text in near.place):
             said.append(
                 f"another --param node_selector=..., or label the node: kubectl label node {near.node.name} ..."
@@ -232,6 +232,15 @@ def _advice(ask: Ask, found: list[Misfit], nodes: list[Node], drivers: bool) -> 
         elif near.busy:
             said.append("wait for running pods to end, ask for less, or add a node")
     return "; ".join(said)
+
+
+def _own_sign(taint: Object) -> bool:
+    """Whether Kubernetes itself set the taint, because of the node's state; nobody should tolerate it."""
+    return str(taint["key"]).startswith("node.kubernetes.io/")
+
+
+def _sick(node: Node) -> bool:
+    return not node.ready or any(map(_own_sign, node.taints))
 
 
 def _node(found: Object) -> Node:

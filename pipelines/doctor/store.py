@@ -1,5 +1,6 @@
 """The object store, from here: write, read, list and delete with the keys that the run will have."""
 
+import logging
 import os
 import socket
 import tempfile
@@ -37,11 +38,11 @@ def from_here(case: Case, place: Place) -> Finding:
         return skipped(check, f"{place.uri}: {host} is a name that this machine does not know; the pod tells")
     from distillery.store import check_access
 
-    with variables(settings(case, place)):
+    with variables(settings(case, place)), quiet():
         try:
             within(SECONDS, place.uri, lambda: check_access(place.uri))
         except StoreError as error:
-            if case.pod and case.cluster is not None and _inside(host):
+            if case.pod and case.cluster is not None and host and _inside(host):
                 return skipped(check, f"{place.uri}: {place.endpoint} does not answer here; the pod tells")
             return told(check, error)
         except DistilleryError as error:
@@ -77,6 +78,17 @@ def variables(wanted: Mapping[str, str]) -> Iterator[None]:
         finally:
             for name, old in before.items():
                 _set(name, old or "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the store's warnings that it tries again: what comes of it is told anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _set(name: str, value: str) -> None:
