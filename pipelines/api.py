@@ -11,6 +11,7 @@ import os
 import ssl
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 from urllib.parse import quote, urlencode, urlsplit
@@ -240,7 +241,7 @@ class Client:
             raise NotFound(f"no experiment is called {name!r} on {self.to.endpoint}; give --experiment-name")
         try:
             return str(self.post("/apis/v2beta1/experiments", body)["experiment_id"])
-        except ApiError as error:  # somebody else made it in between
+        except (ApiError, BadRequest) as error:  # somebody else made it in between
             found = next(self.pages("experiments", where=[equals("display_name", name)]), None)
             if found is None:
                 raise error
@@ -386,9 +387,10 @@ class Client:
                 cause, sent = str(error), False
             except (HTTPError, OSError) as error:
                 cause = str(error) or type(error).__name__
-            pause = PAUSES[min(tries, len(PAUSES) - 1)]
-            if not (again or method == "GET" or not sent) or time.monotonic() + pause > until:
+            left = until - time.monotonic()
+            if not (again or method == "GET" or not sent) or left <= 0:
                 raise self._silent(cause, sent)
+            pause = min(PAUSES[min(tries, len(PAUSES) - 1)], left)
             tries += 1
             time.sleep(pause)
 
@@ -497,6 +499,17 @@ def run_of(told: Mapping[str, Any]) -> Run:
         list(told.get("state_history") or []),
         dict(told),
     )
+
+
+def age(text: str) -> float:
+    """Seconds since a time as the API writes it; 0 for none."""
+    if not text or text.startswith("1970-"):
+        return 0.0
+    try:
+        then = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return 0.0
+    return (datetime.now(UTC) - then).total_seconds()
 
 
 def said(answer: urllib3.BaseHTTPResponse) -> str:

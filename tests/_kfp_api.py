@@ -76,6 +76,7 @@ class Played:
     attempts: list[int] = field(default_factory=list)
     spans: list[list[float]] = field(default_factory=list)  # start and end of each act's last attempt
     task_ids: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
 
 
 class Answer(Exception):
@@ -128,6 +129,7 @@ class FakeKfp:
         self.port = 0
         self.lock = threading.RLock()
         self.open: set[socket.socket] = set()
+        self.skew = 0.0
         self._count = 0
 
     @property
@@ -186,6 +188,10 @@ class FakeKfp:
     def asked(self, pattern: str) -> int:
         """How many requests matched."""
         return sum(bool(re.search(pattern, f"{method} {path}")) for method, path, _ in self.requests)
+
+    def now(self) -> float:
+        """Its clock, which goes on by a second with every change of a run's state: the API knows only seconds."""
+        return time.time() + self.skew
 
     # One request
 
@@ -297,7 +303,7 @@ class FakeKfp:
     def stamp(self) -> dict[str, Any]:
         """Creation time, and an order finer than seconds."""
         self._count += 1
-        return {"created_at": rfc3339(time.time()), "_at": self._count}
+        return {"created_at": rfc3339(self.now()), "_at": self._count}
 
     def allowed(self, namespace: str | None) -> None:
         """Whether the caller may work there."""
@@ -346,7 +352,7 @@ class FakeKfp:
         key = str(uuid.uuid4())
         status = "ENABLED" if body.get("mode") == "ENABLE" else "DISABLED"
         told = {"recurring_run_id": key, **body, "status": status, "namespace": experiment["namespace"]}
-        self.recurring[key] = {**told, **self.stamp(), "updated_at": rfc3339(time.time())}
+        self.recurring[key] = {**told, **self.stamp(), "updated_at": rfc3339(self.now())}
         return shown(self.recurring[key])
 
     def checked(self, body: dict[str, Any], what: str) -> dict[str, Any]:
@@ -396,13 +402,15 @@ class FakeKfp:
         act = played.acts[index]
         if not played.phases[index]:
             played.phases[index], played.looks = "Running", 0
-            played.spans[index] = [time.time(), 0.0]
+            self.skew += 1.0
+            played.spans[index] = [self.now(), 0.0]
             if act.polls > 0:
                 return
         played.looks += 1
         if played.looks < act.polls:
             return
-        played.spans[index][1] = time.time()
+        self.skew += 1.0
+        played.spans[index][1] = self.now()
         if played.attempts[index] < act.fails:
             played.phases[index] = "Failed"
             self.turn(played, "FAILED")
@@ -411,7 +419,8 @@ class FakeKfp:
 
     def turn(self, played: Played, state: str) -> None:
         """Change a run's state."""
-        now = rfc3339(time.time())
+        self.skew += 1.0
+        now = rfc3339(self.now())
         played.told["state"] = state
         played.told["state_history"].append({"update_time": now, "state": state})
         if state in ("SUCCEEDED", "FAILED", "CANCELED"):
@@ -437,7 +446,7 @@ class FakeKfp:
         played = self.played[key]
         if played.told["state"] not in ACTIVE:
             raise Answer(400, f"Failed to terminate a run {key}. Row not found", 3)
-        played.told["state"] = "CANCELING"
+        played.told["state"], played.stopped = "CANCELING", True
         return {}
 
     def enable(self, key: str, status: str = "ENABLED") -> dict[str, Any]:
@@ -471,7 +480,7 @@ class FakeKfp:
         whole = {"SUCCEEDED": "Succeeded", "FAILED": "Failed", "CANCELED": "Failed"}.get(
             played.told["state"], "Running"
         )
-        span = [played.spans[begun[0]][0] if begun else time.time(), 0.0]
+        span = [played.spans[begun[0]][0] if begun else self.now(), 0.0]
         add(workflow, "DAG", "entrypoint", whole, span)
         add(f"{workflow}.root-driver", "Pod", "system-dag-driver", "Succeeded", [span[0], span[0]])
         add(f"{workflow}.root", "DAG", "root", whole, span)
@@ -492,7 +501,7 @@ class FakeKfp:
             driver = phase if broken else "Succeeded"
             add(f"{name}.{step}-driver", "Pod", "system-container-driver", driver, span, note if broken else "")
             if broken:
-                add(f"{name}.{step}", "DAG", "", "Omitted", span)
+                add(f"{name}.{step}", "Skipped", "system-container-executor", "Omitted", span)
                 continue
             add(f"{name}.{step}", "DAG", "system-container-executor", phase, span)
             cached = act.cached and phase == "Succeeded"
@@ -509,7 +518,8 @@ class FakeKfp:
             return ""
         name = workflow_name(played)
         head = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": name}}
-        return json.dumps({**head, "status": {"phase": "Running", "nodes": self.nodes(played)}})
+        stopped = {"activeDeadlineSeconds": 0} if played.stopped else {}
+        return json.dumps({**head, "spec": stopped, "status": {"phase": "Running", "nodes": self.nodes(played)}})
 
     def task_details(self, played: Played) -> list[dict[str, Any]]:
         """The nodes as v2beta1 shows them: neither pod names nor reasons."""
