@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from _kfp_api import FakeKfp
 from _kube_api import FakeKube
 from _servers import ROOT, Server, available, running
@@ -387,25 +388,27 @@ def test_shared_memory_as_large_as_the_memory(world: World) -> None:
 
 
 def test_pull_secret(world: World) -> None:
-    package = with_parameter(world.folder, "image_pull_secret", "registry")
-    assert "there is no secret registry" in world.fault("pull secret", "--package", str(package))
+    package = ("--package", str(with_constants(world.folder, imagePullSecret=[{"secretName": "registry"}])))
+    assert "there is no secret registry" in world.fault("pull secret", *package)
+    assert "there is no secret other" in world.fault("pull secret", "--pull-secret", "other")
     world.kube.secret("kubeflow", "registry", x="y")
-    assert "is of type Opaque" in world.fault("pull secret", "--package", str(package))
+    assert "is of type Opaque" in world.fault("pull secret", *package)
     world.kube.secret("kubeflow", "registry", kind="kubernetes.io/dockerconfigjson", _dockerconfigjson="{}")
-    assert world.doctor("--package", str(package), "--no-pod")[0] == 0
+    assert world.doctor(*package)[0] == 0
+    assert world.kube.pods_made[-1]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
 
 
 def test_queue(world: World) -> None:
-    package = with_parameter(world.folder, "queue", "team")
-    given = ("--package", str(package))
-    assert "no Kueue" in world.fault("queue", *given)
+    assert "no Kueue" in world.fault("queue", "--queue", "team")
+    given = with_constants(world.folder, podMetadata={"labels": {"kueue.x-k8s.io/queue-name": "team"}})
     group = {"preferredVersion": {"groupVersion": "kueue.x-k8s.io/v1beta2"}}
     world.kube.put("/apis/kueue.x-k8s.io", **group)
     queues = "/apis/kueue.x-k8s.io/v1beta2/namespaces/kubeflow/localqueues"
     world.kube.put(f"{queues}/other", spec={"clusterQueue": "all"})
-    assert "it has other" in world.fault("queue", *given)
+    assert "there is no LocalQueue team in kubeflow; it has other" in world.fault("queue", "--package", str(given))
     world.kube.put(f"{queues}/team", spec={"clusterQueue": "all"})
-    assert "ClusterQueue all" in world.doctor(*given, "--no-pod")[1]["queue"][0]["says"]
+    found = world.doctor("--package", str(given), "--no-pod")[1]
+    assert "ClusterQueue all" in found["queue"][0]["says"]
 
 
 def test_an_experiment_that_is_wrong(world: World) -> None:
@@ -503,13 +506,11 @@ def test_interrupted_it_deletes_its_pod(world: World, how: signal.Signals) -> No
     assert not [path for path in world.kube.objects if "distillery-doctor" in path]
 
 
-def with_parameter(folder: Path, name: str, value: Any) -> Path:
-    """The package with that parameter, which later versions of it have."""
-    text = (ROOT / "pipelines" / "distill_pipeline.yaml").read_text()
-    if f"\n      {name}:\n" not in text:
-        new = f"      {name}:\n        defaultValue: {value}\n        isOptional: true\n        parameterType: STRING\n"
-        at = text.index("      image:\n", text.index("\nroot:\n"))
-        text = text[:at] + new + text[at:]
+def with_constants(folder: Path, **settings: Any) -> Path:
+    """The package with settings of every pod that are no parameters."""
+    documents = list(yaml.safe_load_all((ROOT / "pipelines" / "distill_pipeline.yaml").read_text()))
+    for one in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        one.update(settings)
     path = folder / "package.yaml"
-    path.write_text(text)
+    path.write_text(yaml.safe_dump_all(documents))
     return path

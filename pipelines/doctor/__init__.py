@@ -2,7 +2,7 @@
 
 command.py    the command, and the checks in their order
 kubeflow.py   endpoint, version, token           settings.py   namespace, rights, account, retries, queue
-secrets.py    secrets, kfp-launcher              package.py    what each step of a package asks
+secrets.py    secrets, kfp-launcher              asks.py       what each step of a package asks
 nodes.py      is there a node for it             limits.py     quota, limits, shared memory
 store.py      the store from here                pod.py        image and store from a pod
 case.py       what is examined                   finding.py    one line of the answer

@@ -1,11 +1,11 @@
 """What is examined, and what the checks have learned so far."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipelines.doctor.asks import Asks
 from pipelines.doctor.cluster import Cluster
-from pipelines.doctor.package import Asks
+from pipelines.package import Package
 
 KFP_SECRET = "mlpipeline-minio-artifact"  # what KFP's launcher reads when nothing else is configured
 CONTROLLER = "kubeflow"  # where KFP's own pods run
@@ -28,16 +28,18 @@ class Place:
 class Case:
     """The questions, from the command line, and the answers that later checks build on."""
 
-    options: dict[str, Any] = field(default_factory=dict)  # where KFP is and who asks, see pipelines/options.py
-    namespace: str = ""
-    secret: str = ""
+    package: Package
+    options: dict[str, Any]  # where KFP is and who asks, see pipelines/options.py
+    parameters: dict[str, Any]  # of the package: what was given, else its defaults
     store: str = ""
-    package: Path = Path()
-    parameters: dict[str, Any] = field(default_factory=dict)  # of the package: what was given, else its defaults
+    secret: str = ""
+    queue: str = ""
+    pull_secret: str = ""
     pod: bool = True
     pod_seconds: float = 120.0
     no_pod: str = "--no-pod was given"
 
+    namespace: str = ""
     cluster: Cluster | None = None
     multi_user: bool | None = None
     has_namespace: bool = False

@@ -11,14 +11,12 @@ from typing import Any
 import click
 
 from distillery.errors import DistilleryError, UserError
-from pipelines.doctor import kubeflow, limits, nodes, pod, secrets, settings, store
+from pipelines.doctor import asks, kubeflow, limits, nodes, pod, secrets, settings, store
 from pipelines.doctor.case import Case, Place
 from pipelines.doctor.cluster import ClusterError
 from pipelines.doctor.finding import Finding, Status, as_json, hide, line, ok, skipped, summary, told, wrong
-from pipelines.doctor.package import Package
 from pipelines.options import OPTIONS
-
-PACKAGE = Path(__file__).parents[1] / "distill_pipeline.yaml"
+from pipelines.package import DISTILL, load
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ def package(case: Case) -> Iterable[Finding]:
     quickly = {"DISTILLERY_STORE_TIMEOUT": "10"}  # for an experiment that lies in a store
     own = Place("experiment", "", case.parameter("s3_endpoint"), case.secret, region=case.parameter("s3_region"))
     with store.variables(store.settings(case, own) | quickly), store.quiet():
-        case.asks = Package(case.package).asks(case.parameters)
+        case.asks = asks.asks(case.package, case.parameters)
     count = len({step for steps in case.asks.steps.values() for step in steps})
-    yield ok("package", f"{case.package.name}: {count} steps, experiment {_short(case.parameter('experiment'))!r}")
+    yield ok("package", f"{case.package.path.name}: {count} steps, experiment {_short(case.parameter('experiment'))!r}")
     for why in sorted(set(case.asks.unknown.values())):
         steps = [step for step, cause in case.asks.unknown.items() if cause == why]
         yield skipped("package", f"{', '.join(steps)}: what they need is not known here: {why}")
@@ -96,11 +94,13 @@ def examine(case: Case, show: Callable[[Finding], None]) -> list[Finding]:
 
 
 @click.command()
-@click.option("--package", type=click.Path(path_type=Path), default=PACKAGE, help="Compiled pipeline; default distill.")
+@click.option("--package", type=click.Path(path_type=Path), default=DISTILL, help="Compiled pipeline; default distill.")
 @click.option("--param", "parameters", metavar="NAME=VALUE", multiple=True, help="A pipeline parameter of the run.")
 @click.option("--profile", default="", help="Hardware profile, as for submit.")
 @click.option("--experiment-yaml", metavar="FILE", default="", help="The experiment: a file, or a shipped name.")
 @click.option("--secret", default="", help="The run's S3 secret; default as in the package (distillery-s3).")
+@click.option("--queue", default="", help="Kueue LocalQueue of the pods; default as in the package.")
+@click.option("--pull-secret", default="", help="The image registry's secret; default as in the package.")
 @click.option("--store", "place", metavar="s3://BUCKET/PREFIX", default="", help="A place that the run will use.")
 @click.option("--pod/--no-pod", default=True, help="Try image and store from a pod, which is deleted again.")
 @click.option("--pod-timeout", default=120.0, show_default=True, help="Seconds that the pod may take.")
@@ -111,6 +111,8 @@ def doctor(
     profile: str,
     experiment_yaml: str,
     secret: str,
+    queue: str,
+    pull_secret: str,
     place: str,
     pod: bool,
     pod_timeout: float,
@@ -125,9 +127,11 @@ def doctor(
         raise UserError(f"--store {place!r}: pods do not share this machine's folders; give s3://bucket/prefix")
     given = _pairs(parameters) | ({"profile": profile} if profile else {}) | ({"s3_secret": secret} if secret else {})
     given |= {"experiment": _experiment(experiment_yaml)} if experiment_yaml else {}
-    values = Package(package).parameters(given)
-    case = Case(options=options, store=place, package=package, parameters=values, pod=pod, pod_seconds=pod_timeout)
+    read = load(package)
+    case = Case(read, options, asks.values(read, given), store=place, pod=pod, pod_seconds=pod_timeout)
     case.secret = case.parameter("s3_secret")
+    case.queue = queue or asks.queue(read)
+    case.pull_secret = pull_secret or asks.pull_secret(read, case.parameters)
     case.places = list(secrets.own_places(case))
     warnings.simplefilter("ignore")  # of kfp and of the client, about Python and TLS
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pod is deleted then too

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
+from pipelines.doctor.asks import Ask
 from pipelines.doctor.case import Case
 from pipelines.doctor.finding import Finding, ok, wrong
 from pipelines.doctor.nodes import DRIVER, amounts, container, quantity, shown
-from pipelines.doctor.package import Ask
 
 Object = dict[str, Any]
 DRIVER_LIMITS = Ask(cpu="500m", memory="512Mi")

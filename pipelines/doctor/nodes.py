@@ -8,10 +8,10 @@ from decimal import Decimal
 from typing import Any
 
 from distillery.errors import UserError
+from pipelines.doctor.asks import Ask
 from pipelines.doctor.case import Case
 from pipelines.doctor.cluster import Cluster, ClusterError
 from pipelines.doctor.finding import Finding, ok, skipped, wrong
-from pipelines.doctor.package import Ask
 
 Object = dict[str, Any]
 Amounts = dict[str, Decimal]

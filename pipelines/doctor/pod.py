@@ -41,7 +41,7 @@ def check(case: Case) -> list[Finding]:
         return [skipped("pod", "the package has no parameter image, so no image to try")]
     if not case.account_there:
         return [skipped("pod", f"service account {case.account} is missing, see above")]
-    missing = [s for s in (case.parameter("image_pull_secret"), case.parameter("s3_ca")) if s in case.absent]
+    missing = [s for s in (case.pull_secret, case.parameter("s3_ca")) if s in case.absent]
     if missing:
         return [skipped("pod", f"secret {', '.join(missing)} is missing, see above")]
     places = [place for place in case.places if place.secret not in case.absent]
@@ -68,11 +68,10 @@ def check(case: Case) -> list[Finding]:
 
 def manifest(case: Case, name: str, places: list[Place]) -> Object:
     """The pod."""
-    from pipelines.resources import HOME
-
     shm = max((a.shm for a in (case.asks.steps if case.asks else ()) if a.shm), key=quantity, default="64Mi")
     volumes: list[Object] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}}]
-    mounts: list[Object] = [{"name": "shm", "mountPath": "/dev/shm"}]
+    volumes.append({"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}})  # as /tmp: the root may be read-only
+    mounts: list[Object] = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "scratch", "mountPath": "/tmp"}]
     if authority := case.parameter("s3_ca"):
         volumes.append({"name": "ca", "secret": {"secretName": authority}})
         mounts.append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
@@ -83,7 +82,7 @@ def manifest(case: Case, name: str, places: list[Place]) -> Object:
         "volumeMounts": mounts,
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    home = [{"name": key, "value": value} for key, value in HOME.items()]
+    home = [{"name": "HOME", "value": "/tmp"}]
     home += [{"name": "AWS_CA_BUNDLE", "value": f"{CA_FOLDER}/ca.crt"}] if authority else []
     containers = [
         {
@@ -95,7 +94,6 @@ def manifest(case: Case, name: str, places: list[Place]) -> Object:
         for place in places
     ]
     alone: Object = {"name": "probe", "command": ["python3", "-m", "distillery", "probe"], "env": home, **common}
-    pull = case.parameter("image_pull_secret")
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -120,7 +118,7 @@ def manifest(case: Case, name: str, places: list[Place]) -> Object:
             },
             "tolerations": case.parameters.get("tolerations") or [],
             "nodeSelector": case.parameters.get("node_selector") or {},
-            "imagePullSecrets": [{"name": pull}] if pull else [],
+            "imagePullSecrets": [{"name": case.pull_secret}] if case.pull_secret else [],
             "volumes": volumes,
             "containers": containers or [alone],
         },
@@ -198,7 +196,7 @@ def _pod(case: Case, pod: Object, seconds: float) -> list[Finding]:
     for trouble in troubles.values():
         if trouble["reason"] in IMAGE:
             said = _last_warning(case.cluster, case, name, "Failed") or trouble.get("message", "")
-            do = "push it, correct --param image=..., or name the registry's secret (--param image_pull_secret=...)"
+            do = "push it, correct --param image=..., or name the registry's secret (--pull-secret NAME)"
             return [wrong("image", f"{image} cannot be pulled ({trouble['reason']}): {said}", do)]
     for container, trouble in troubles.items():
         do = f"correct what it names; kubectl -n {case.namespace} describe of a step's pod would say the same"

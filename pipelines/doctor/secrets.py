@@ -76,10 +76,11 @@ def launcher(case: Case) -> Iterator[Finding]:
 
 def pull(case: Case) -> Iterator[Finding]:
     """The secret for the image's registry, and that of a private authority."""
-    name = case.parameter("image_pull_secret")
+    name = case.pull_secret
     if not name:
         yield skipped(
-            "pull secret", "none given (--param image_pull_secret=...): the image must be public or on the nodes"
+            "pull secret",
+            "the package has none, and none is given (--pull-secret NAME): the image must be public or on the nodes",
         )
     else:
         yield _pull(case, name)

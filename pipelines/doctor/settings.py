@@ -174,16 +174,16 @@ def retries(case: Case) -> Iterator[Finding]:
 def queue(case: Case) -> Iterator[Finding]:
     """The Kueue queue that the pods are put in."""
     assert case.cluster is not None
-    name = case.parameter("queue")
+    name = case.queue
     if not name:
-        yield skipped("queue", "none given (--param queue=...)")
+        yield skipped("queue", "the package has none, and none is given (--queue NAME)")
         return
     version = _kueue(case.cluster)
     if not version:
         yield wrong(
             "queue",
             f"queue {name!r} is asked for, but the cluster has no Kueue",
-            "install Kueue, or leave out --param queue",
+            "install Kueue, or send a package without it",
         )
         return
     found = case.cluster.find(f"/apis/{version}/namespaces/{case.namespace}/localqueues/{name}")

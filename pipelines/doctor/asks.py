@@ -9,18 +9,17 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from distillery.errors import DistilleryError, UserError, choices, nearest
+from distillery.errors import DistilleryError, UserError
+from pipelines.package import Package
 
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 SELECTOR = re.compile(r'parseJson\(string_value\)\["([^"]+)"\]')
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where PyYAML brings it
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 Object = dict[str, Any]
 
 
@@ -47,8 +46,6 @@ class Ask:
     tolerations: str = "[]"  # JSON, so that equal asks are equal
     node_selector: str = "{}"
     image: str = ""
-    secrets: tuple[str, ...] = ()
-    pull_secrets: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} {self.gpu_type}" if self.gpus else ""
@@ -69,58 +66,59 @@ class Asks:
             names.append(step)
 
 
-class Package:
-    """A compiled pipeline.
+def values(package: Package, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all parameters: what is given, else the package's default.
 
     Raises:
-        UserError: the file cannot be read or is no compiled pipeline.
+        UserError: an unknown name, or a value of another type.
     """
+    defaults = {name: asked.get("defaultValue") for name, asked in package.parameters.items()}
+    return defaults | package.checked(given)
 
-    def __init__(self, path: Path) -> None:
-        try:
-            documents = [d for d in yaml.load_all(path.read_text(encoding="utf-8"), LOADER) if d]
-            self.spec: Object = documents[0]
-            self.root: Object = self.spec["root"]
-            self.components: Object = self.spec["components"]
-            self.executors: Object = self.spec["deploymentSpec"]["executors"]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"package {str(path)!r}: {error}; give a compiled pipeline (YAML)") from error
-        except (yaml.YAMLError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f"package {str(path)!r} is not a compiled pipeline: {error!r}; run `make compile`"
-            ) from error
-        self.path = path
-        platform = documents[1] if len(documents) > 1 else {}
-        self.pods: Object = _at(platform, "platforms", "kubernetes", "deploymentSpec", "executors")
 
-    def parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The values of all parameters: what is given, else the package's default.
+def queue(package: Package) -> str:
+    """The Kueue queue that the package's pods are labelled with; "" for none."""
+    return next(
+        (
+            str(found)
+            for pod in _pods(package).values()
+            if (found := _at(pod, "podMetadata", "labels").get(QUEUE_LABEL))
+        ),
+        "",
+    )
 
-        Raises:
-            UserError: an unknown name, or a text that is not of the parameter's type.
-        """
-        known: Object = _at(self.root, "inputDefinitions", "parameters")
-        for name in given:
-            if name not in known:
-                raise UserError(
-                    f"{self.path.name} has no parameter {name!r}{nearest(name, known)}; it has {choices(known)}"
-                )
-        return {
-            name: _typed(name, given[name], d) if name in given else d.get("defaultValue") for name, d in known.items()
-        }
 
-    def asks(self, values: dict[str, Any]) -> Asks:
-        """What every step's pod asks for.
+def pull_secret(package: Package, known_values: Object) -> str:
+    """The secret that the package's pods pull their image with; "" for the service account's own."""
+    named = (_named(one, known_values) for pod in _pods(package).values() for one in _list(pod, "imagePullSecret"))
+    return next(filter(None, named), "")
 
-        Args:
-            values: see `parameters`.
 
-        Raises:
-            UserError: the experiment is wrong.
-        """
-        found = Asks()
-        self._dag(self.root, values, found)
-        return found
+def asks(package: Package, known_values: Object) -> Asks:
+    """What every step's pod asks for.
+
+    Args:
+        package: a compiled pipeline.
+        known_values: see `values`.
+
+    Raises:
+        UserError: the experiment is wrong.
+    """
+    found = Asks()
+    try:
+        _Walk(package)._dag(package.spec["root"], known_values, found)
+    except (KeyError, TypeError, AttributeError, graphlib.CycleError) as error:
+        raise UserError(f"{package.path.name} is not as kfp 2 compiles it ({error!r}); compile it again") from error
+    return found
+
+
+class _Walk:
+    """Through a package as the cluster's drivers go."""
+
+    def __init__(self, package: Package) -> None:
+        self.components: Object = package.spec["components"]
+        self.executors: Object = package.spec["deploymentSpec"]["executors"]
+        self.pods = _pods(package)
 
     def _dag(self, component: Object, inputs: Object, found: Asks) -> None:
         tasks: Object = component["dag"]["tasks"]
@@ -218,7 +216,6 @@ def _ask(executor: Object, pod: Object, inputs: Object, outside: Object) -> Ask:
     place = pod.get("nodeSelector") or {}
     json_place = place.get("nodeSelectorJson")
     selector = known(_parameter(json_place, outside)) if json_place else place.get("labels", {})
-    secrets = [s for s in (*_list(pod, "secretAsEnv"), *_list(pod, "secretAsVolume")) if not s.get("optional")]
     memory_volumes = [m for m in _list(pod, "emptyDirMounts") if m.get("medium") == "Memory"]
     return Ask(
         cpu=_filled(cpu, inputs),
@@ -229,8 +226,6 @@ def _ask(executor: Object, pod: Object, inputs: Object, outside: Object) -> Ask:
         tolerations=json.dumps(_flat(map(known, tolerations)), sort_keys=True),
         node_selector=json.dumps(selector or {}, sort_keys=True),
         image=_filled(container.get("image", ""), inputs),
-        secrets=tuple(filter(None, (_named(s, outside) for s in secrets))),
-        pull_secrets=tuple(filter(None, (_named(s, outside) for s in _list(pod, "imagePullSecret")))),
     )
 
 
@@ -296,24 +291,9 @@ def _list(tree: Object, key: str) -> list[Object]:
     return tree.get(key) or []
 
 
-def _typed(name: str, given: Any, definition: Object) -> Any:
-    if not isinstance(given, str) or definition.get("parameterType") == "STRING":
-        return given
-    kinds: dict[str, Any] = {
-        "LIST": list,
-        "STRUCT": dict,
-        "BOOLEAN": bool,
-        "NUMBER_INTEGER": int,
-        "NUMBER_DOUBLE": (int, float),
-    }
-    wanted = definition.get("parameterType", "")
-    try:
-        value = json.loads(given)
-    except ValueError as error:
-        raise UserError(f"parameter {name} is {given!r}, which is not JSON ({error}); it is a {wanted}") from error
-    if not isinstance(value, kinds.get(wanted, object)):
-        raise UserError(f"parameter {name} is {given!r}; it must be a {wanted}")
-    return value
+def _pods(package: Package) -> Object:
+    """The Kubernetes settings of each executor."""
+    return _at(package.platform, "platforms", "kubernetes", "deploymentSpec", "executors")
 
 
 def _at(tree: Any, *path: str) -> Object:
