@@ -35,15 +35,15 @@ class Case:
     secret: str = ""
     queue: str = ""
     pull_secret: str = ""
+    account: str = ""  # the service account, "" = KFP's own; filled once it was found
     pod: bool = True
     pod_seconds: float = 120.0
     no_pod: str = "--no-pod was given"
 
     namespace: str = ""
     cluster: Cluster | None = None
-    multi_user: bool | None = None
+    multi_user: bool | None = None  # None: KFP did not answer
     has_namespace: bool = False
-    account_there: bool = True
     asks: Asks | None = None
     places: list[Place] = field(default_factory=list)
     keys: dict[str, dict[str, str]] = field(default_factory=dict)  # secret -> its decoded values
@@ -61,9 +61,13 @@ class Case:
         return value if isinstance(value, str) else ""
 
     @property
-    def account(self) -> str:
-        """The service account that KFP gives to a run's pods."""
-        return "default-editor" if self.multi_user else "pipeline-runner"
+    def accounts(self) -> list[str]:
+        """The service account that KFP gives to a run's pods; both candidates while KFP does not tell its kind."""
+        if self.account:
+            return [self.account]
+        if self.multi_user is None:
+            return ["pipeline-runner", "default-editor"]
+        return ["default-editor" if self.multi_user else "pipeline-runner"]
 
     def path(self, kind: str, name: str = "") -> str:
         """The path of something in the namespace, for example `secrets`, `pods`."""

@@ -128,8 +128,8 @@ def within(seconds: float, what: str, work: Callable[[], Got]) -> Got:
     thread = threading.Thread(target=run, daemon=True, name=what)
     thread.start()
     thread.join(seconds)
-    if failed:
-        raise failed[0]
+    for error in failed:
+        raise error
     if not done:
         raise ClusterError(f"{what}: no answer within {seconds:.0f} s")
     return done[0]

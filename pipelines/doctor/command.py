@@ -101,6 +101,7 @@ def examine(case: Case, show: Callable[[Finding], None]) -> list[Finding]:
 @click.option("--secret", default="", help="The run's S3 secret; default as in the package (distillery-s3).")
 @click.option("--queue", default="", help="Kueue LocalQueue of the pods; default as in the package.")
 @click.option("--pull-secret", default="", help="The image registry's secret; default as in the package.")
+@click.option("--service-account", default="", help="Kubernetes account of the pods; default KFP's own.")
 @click.option("--store", "place", metavar="s3://BUCKET/PREFIX", default="", help="A place that the run will use.")
 @click.option("--pod/--no-pod", default=True, help="Try image and store from a pod, which is deleted again.")
 @click.option("--pod-timeout", default=120.0, show_default=True, help="Seconds that the pod may take.")
@@ -113,6 +114,7 @@ def doctor(
     secret: str,
     queue: str,
     pull_secret: str,
+    service_account: str,
     place: str,
     pod: bool,
     pod_timeout: float,
@@ -129,7 +131,7 @@ def doctor(
     given |= {"experiment": _experiment(experiment_yaml)} if experiment_yaml else {}
     read = load(package)
     case = Case(read, options, asks.values(read, given), store=place, pod=pod, pod_seconds=pod_timeout)
-    case.secret = case.parameter("s3_secret")
+    case.secret, case.account = case.parameter("s3_secret"), service_account
     case.queue = queue or asks.queue(read)
     case.pull_secret = pull_secret or asks.pull_secret(read, case.parameters)
     case.places = list(secrets.own_places(case))

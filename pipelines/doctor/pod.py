@@ -39,8 +39,8 @@ def check(case: Case) -> list[Finding]:
         return [skipped("pod", case.no_pod)]
     if not case.parameter("image"):
         return [skipped("pod", "the package has no parameter image, so no image to try")]
-    if not case.account_there:
-        return [skipped("pod", f"service account {case.account} is missing, see above")]
+    if not case.account:
+        return [skipped("pod", "its service account is missing or may not be looked at, see above")]
     missing = [s for s in (case.pull_secret, case.parameter("s3_ca")) if s in case.absent]
     if missing:
         return [skipped("pod", f"secret {', '.join(missing)} is missing, see above")]
@@ -93,15 +93,15 @@ def manifest(case: Case, name: str, places: list[Place]) -> Object:
         }
         for place in places
     ]
+    no_mesh = {"sidecar.istio.io/inject": "false"}  # as KFP's own pods: a mesh's second container would never end
     alone: Object = {"name": "probe", "command": ["python3", "-m", "distillery", "probe"], "env": home, **common}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
             "name": name,
-            "labels": {"app.kubernetes.io/name": "distillery", "app.kubernetes.io/component": "doctor"},
-            # As KFP's own pods: a service mesh's second container would never end.
-            "annotations": {"sidecar.istio.io/inject": "false"},
+            "labels": {"app.kubernetes.io/name": "distillery", "app.kubernetes.io/component": "doctor", **no_mesh},
+            "annotations": no_mesh,
         },
         "spec": {
             "restartPolicy": "Never",

@@ -116,15 +116,16 @@ def rights(case: Case) -> Iterator[Finding]:
 def account(case: Case) -> Iterator[Finding]:
     """The service account that a run's pods get."""
     assert case.cluster is not None
-    if case.cluster.find(case.path("serviceaccounts", case.account)) is None:
-        yield wrong(
-            "service account",
-            f"there is no service account {case.account} in namespace {case.namespace}",
-            "is this the namespace KFP runs in, or a profile of Kubeflow? Give --namespace, or apply k8s/ to it",
-        )
-        case.account_there = False
-    else:
+    wanted = case.accounts
+    case.account = next((name for name in wanted if case.cluster.find(case.path("serviceaccounts", name))), "")
+    if case.account:
         yield ok("service account", case.account)
+        return
+    yield wrong(
+        "service account",
+        f"there is no service account {' or '.join(wanted)} in namespace {case.namespace}",
+        "is this the namespace KFP runs in, or a profile of Kubeflow? Give --namespace, or apply k8s/ to it",
+    )
 
 
 def retries(case: Case) -> Iterator[Finding]:
