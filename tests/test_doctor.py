@@ -199,6 +199,7 @@ def test_wrong_credentials(world: World) -> None:
     assert found["KFP's artifacts, pod"][0]["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_wrong_credentials_of_kfp_itself(world: World) -> None:
     world.kube.secret("kubeflow", "kfp-store", id=world.store.access, key=SECRET_VALUE)
     status, found = world.doctor()
@@ -214,6 +215,7 @@ def test_missing_bucket(world: World) -> None:
     assert found["store, here"][0]["status"] == "wrong"
 
 
+@pytest.mark.slow
 def test_an_endpoint_of_the_store_that_only_the_cluster_knows(world: World) -> None:
     status, found = world.doctor("--param", "s3_endpoint=http://minio.storage.svc:9000")
     assert found["store, here"][0]["status"] == "skipped"
@@ -490,7 +492,7 @@ def test_mistakes_in_the_command(world: World) -> None:
         assert world.capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_it_deletes_its_pod(world: World, how: signal.Signals) -> None:
     world.kube.plant.no_scheduler = True
     command = [sys.executable, "-m", "pipelines", "doctor", "--endpoint", world.kfp.endpoint]

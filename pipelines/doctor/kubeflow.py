@@ -36,7 +36,7 @@ def check(case: Case) -> Iterator[Finding]:
     except DistilleryError as error:
         yield told("namespace" if "namespace" in str(error) and "401" not in str(error) else "token", error)
         return
-    who = "the token is accepted" if client.to.token or client.to.token_file else "no token was asked for"
+    who = "the token is accepted" if client.to.token or client.to.token_file else "none is given, none is asked for"
     yield ok("token", f"{who}{f', and may work in namespace {named}' if named else ''}")
 
 
