@@ -18,7 +18,7 @@ from _kube_api import FakeKube
 from _servers import ROOT, Server, available, running
 
 from pipelines.__main__ import main
-from pipelines.doctor import cluster, pod
+from pipelines.doctor import asks, cluster, pod
 
 SPACE = "/api/v1/namespaces/kubeflow"
 SECRET_VALUE = "s3cr3t-value-nobody-may-see"
@@ -208,6 +208,14 @@ def test_wrong_credentials_of_kfp_itself(world: World) -> None:
     assert found["store, pod"][0]["status"] == "ok"
 
 
+def test_a_server_that_repeats_what_it_was_sent(world: World) -> None:
+    fault = f"denied for {world.store.secret}; look into it"
+    world.kube.plant.output = json.dumps({"fault": fault, "version": "1", "user": 1, "shm": 1 << 40, "home": True})
+    status, found = world.doctor()  # which looks for the value in everything that is said
+    assert status == 1
+    assert "denied for (hidden)" in found["store, pod"][0]["says"]
+
+
 def test_missing_bucket(world: World) -> None:
     status, found = world.doctor("--store", "s3://not-there/x")
     assert status == 1
@@ -250,6 +258,7 @@ def test_gpu_nodes_that_are_too_small_or_busy(world: World) -> None:
     assert "gpu-1: has 1 nvidia.com/gpu" in said
     assert "gpu-2: 1 of 4 nvidia.com/gpu free" in said
     assert "no node has room now" in said
+    assert said.index("gpu-2:") < said.index("gpu-1:") < said.index("node-1:")  # the nearest to fitting first
 
 
 def test_tainted_nodes(world: World) -> None:
@@ -424,6 +433,24 @@ def test_what_each_cell_asks_is_known(world: World) -> None:
     path.write_text(DEMO.read_text() + "\nprofile: gpu\n")
     said = world.fault("node for synthesize", "--experiment-yaml", str(path))
     assert "1 nvidia.com/gpu" in said
+
+
+def test_every_cell_of_the_loop_counts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = asks._plan_here
+
+    def with_a_larger_cell(step: str, *arguments: Any) -> dict[str, Any]:
+        found = planned(step, *arguments)
+        if step == "plan":
+            first = found["Output"][0]
+            found["Output"] = [first, json.loads(json.dumps(first).replace('"8Gi"', '"900Gi"'))]
+        return found
+
+    monkeypatch.setattr(asks, "_plan_here", with_a_larger_cell)
+    status, found = world.doctor("--no-pod")
+    assert status == 1
+    lines = [one for check, many in found.items() if check.startswith("node for") for one in many]
+    assert [one for one in lines if one["status"] == "ok" and "evaluate_student" in one["says"]]
+    assert [one for one in lines if one["status"] == "wrong" and "900Gi memory" in one["says"]]
 
 
 # What the user may not see

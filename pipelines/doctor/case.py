@@ -8,7 +8,7 @@ from pipelines.doctor.cluster import Cluster
 from pipelines.package import Package
 
 KFP_SECRET = "mlpipeline-minio-artifact"  # what KFP's launcher reads when nothing else is configured
-CONTROLLER = "kubeflow"  # where KFP's own pods run
+CONTROLLER = "kubeflow"  # where KFP's own pods run, unless somebody says otherwise
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Case:
         if self.multi_user is None:
             return ["pipeline-runner", "default-editor"]
         return ["default-editor" if self.multi_user else "pipeline-runner"]
+
+    @property
+    def system(self) -> str:
+        """The namespace of KFP's own pods: the users' one, unless there are many users."""
+        return CONTROLLER if self.multi_user else self.namespace
 
     def path(self, kind: str, name: str = "") -> str:
         """The path of something in the namespace, for example `secrets`, `pods`."""

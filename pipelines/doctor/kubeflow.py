@@ -62,7 +62,7 @@ def _image_tag(case: Case) -> str:
     if case.cluster is None:
         return ""
     try:
-        found = case.cluster.find(f"/apis/apps/v1/namespaces/{CONTROLLER}/deployments/ml-pipeline")
+        found = case.cluster.find(f"/apis/apps/v1/namespaces/{case.system}/deployments/ml-pipeline")
     except ClusterError:
         return ""
     containers = ((found or {}).get("spec") or {}).get("template", {}).get("spec", {}).get("containers") or [{}]

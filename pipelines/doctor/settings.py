@@ -132,13 +132,13 @@ def retries(case: Case) -> Iterator[Finding]:
     """What Argo does with failed pods unless a step says otherwise; no step of ours does."""
     assert case.cluster is not None
     check, where = "retries", "workflow-controller-configmap"
-    path = f"/api/v1/namespaces/{CONTROLLER}/configmaps/{where}"
+    path = f"/api/v1/namespaces/{case.system}/configmaps/{where}"
     found = case.cluster.find(path)
     if found is None:
-        yield skipped(check, f"there is no ConfigMap {where} in namespace {CONTROLLER}")
+        yield skipped(check, f"there is no ConfigMap {where} in namespace {case.system}")
         return
     data = found.get("data") or {}
-    edit = f"see docs/operations.md; kubectl -n {CONTROLLER} edit configmap {where}"
+    edit = f"see docs/operations.md; kubectl -n {case.system} edit configmap {where}"
     try:
         whole = yaml.safe_load(data.get("config") or "") or {}
         defaults = yaml.safe_load(data.get("workflowDefaults") or "") or whole.get("workflowDefaults") or {}
