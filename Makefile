@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-containers lint format compile lock image minio kube clean
+.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch lock minio kube clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -60,6 +60,10 @@ compile: $(READY) ## compile the pipelines to the committed YAML
 image: ## build the image of the pods; ENGINE=docker|podman BASE= VARIANT=gpu|cpu PUSH=registry/name (docs/images.md)
 	@$(BUILD) --tag '$(TAG)' --push '$(PUSH)'
 	@$(if $(PUSH),$(MAKE) --no-print-directory compile)
+
+submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch
+submit status logs cancel watch: $(READY)
+	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
 	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null

@@ -194,9 +194,18 @@ class Cell(Strict):
     precision: str
     code_version: str
     stop_on_failure: bool
-    cpu: str
-    memory: str
-    gpus: str
+    synthesize_cpu: str = ""  # what the step's pod asks for, see profiles.py
+    synthesize_memory: str = ""
+    synthesize_gpus: str = ""
+    gather_pieces_cpu: str = ""
+    gather_pieces_memory: str = ""
+    gather_pieces_gpus: str = ""
+    relabel_cpu: str = ""
+    relabel_memory: str = ""
+    relabel_gpus: str = ""
+    evaluate_student_cpu: str = ""
+    evaluate_student_memory: str = ""
+    evaluate_student_gpus: str = ""
 
 
 class Piece(Cell):
@@ -218,7 +227,7 @@ class Experiment(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     stop_on_failure: bool = False
-    profile: str = "cpu"  # hardware profile of the cells' resource requests
+    profile: str = "cpu"  # what the pods of each step ask for, see profiles.py
 
     @property
     def every_teacher(self) -> tuple[TeacherConfig, ...]:

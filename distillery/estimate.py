@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from distillery import console, experiment, labels, methods, nets
+from distillery import console, experiment, labels, methods, nets, profiles
 from distillery import student as student_module
 from distillery.config import Cell, Experiment, Student, TeacherConfig
-from distillery.data import DATASETS
+from distillery.data import DATASETS, TENSOR_SIDE, limits
 from distillery.device import Compute, choose, hardware
 
 PROBE = 32  # images per measured batch
@@ -43,12 +43,13 @@ def table(source: str, tflops: float = 0.0) -> str:
     cells = experiment.cells(wanted)
     info = DATASETS[wanted.dataset.name]
     size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
-    speeds, where = _speeds(wanted, classes, size, tflops)
+    speeds, where = _speeds(wanted, cells, classes, size, tflops)
     images = wanted.dataset.per_class * classes or info.train
     taught = {one.name: _teacher_seconds(one, images, speeds) for one in wanted.every_teacher}
     forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
     lines = [
         f"{wanted.name}: {len(cells)} cells on {where}",
+        *(f"  {line}" for line in (limits.said(images, info.val, size) if size > TENSOR_SIDE else ())),
         *(f"  teacher {name}: {console.duration(seconds)}" for name, seconds in taught.items()),
         f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
     ]
@@ -61,10 +62,16 @@ def table(source: str, tflops: float = 0.0) -> str:
         memory = console.size(_peak(cell, classes, size, images))
         times = f"{console.duration(made):>11s} {console.duration(trained):>11s}"
         lines.append(f"  {cell.id:34s} {times} {memory:>10s} {pixels:>10s} {labels_:>10s}")
-    lines.append(
-        f"  together about {console.duration(total)}; training images in memory {console.size(images * 3 * size**2)}"
-    )
+    kept = "" if size > TENSOR_SIDE else f"; training images in memory {console.size(images * 3 * size**2)}"
+    lines.append(f"  together about {console.duration(total)}{kept}")
     return "\n".join(lines)
+
+
+def pods(source: str) -> str:
+    """What the pod of each step would ask for on a cluster."""
+    wanted = experiment.load(source)
+    gathering = bool(experiment.statistics_of(wanted)["kinds"])
+    return profiles.table(wanted, experiment.cells(wanted, wish=profiles.Wish()), gathering=gathering)
 
 
 def _teacher_seconds(one: TeacherConfig, images: int, speeds: dict[str, Speed]) -> float:
@@ -105,10 +112,12 @@ def _label_bytes(cell: Cell, classes: int) -> int:
     return sum(labels.stored_bytes(classes * cell.ipc, epochs, classes, cell.labels.top_k) for epochs in soft)
 
 
-def _speeds(wanted: Experiment, classes: int, size: int, tflops: float) -> tuple[dict[str, Speed], str]:
+def _speeds(
+    wanted: Experiment, cells: list[Cell], classes: int, size: int, tflops: float
+) -> tuple[dict[str, Speed], str]:
     """The speed of each net, and on what."""
     nets_: dict[str, TeacherConfig | Student] = {_kind(one): one for one in wanted.every_teacher}
-    for cell in experiment.cells(wanted):
+    for cell in cells:
         nets_ |= {_kind(student): student for student in cell.students}
     if tflops:
         assumed = {k: _assumed(one.net, one.net_options, classes, size, tflops) for k, one in nets_.items()}
@@ -124,9 +133,10 @@ def _kind(one: TeacherConfig | Student) -> str:
 
 
 def _assumed(name: str, options: Mapping[str, object], classes: int, size: int, tflops: float) -> Speed:
-    net = nets.build(name, classes, size, **options).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, size, size, device="meta"))
+    with torch.device("meta"), torch.no_grad():
+        net, one = nets.build(name, classes, size, **options).eval(), torch.zeros(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            net(one)
     forward = tflops * 1e12 / counter.get_total_flops()
     return Speed(forward, forward / 3)  # back costs about twice what forth does
 

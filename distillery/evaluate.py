@@ -32,7 +32,7 @@ def students(
     Returns:
         The content of result.json; accuracies are fractions.
     """
-    validation = real.pixels("val")
+    validation = real.images("val")
     entries = labels.entries(labels_in)
     found = []
     for index, choice in enumerate(cell.students):

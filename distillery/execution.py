@@ -92,6 +92,7 @@ class Execution:
             elif not self._kept():
                 self.out.mkdir(parents=True, exist_ok=True)
                 handed = True
+                self._say_device()
                 with disk(self.out):
                     yield True
                 self._finish(self.spec.kind)
@@ -147,8 +148,20 @@ class Execution:
             inputs=inputs,
             meta=self.meta,
             seconds=time.monotonic() - self._began + sum(part.run.get("seconds", 0.0) for part in parts),
-            hardware=hardware(self.spec.compute) if self.spec.compute else "",
+            hardware=self._hardware(parts),
         )
+
+    def _hardware(self, parts: Sequence[artifact.Manifest]) -> str:
+        """What the work ran on; what is only put together ran where its parts did."""
+        if parts:
+            return "; ".join(sorted({str(part.run.get("hardware", "")) for part in parts} - {""}))
+        return hardware(self.spec.compute) if self.spec.compute else ""
+
+    def _say_device(self) -> None:
+        if self.spec.compute and not self.parts:
+            where = {"cell": self.spec.cell.id} if self.spec.cell else {}
+            text = f"device {self.spec.compute.asked}: {hardware(self.spec.compute)}"
+            console.emit({"event": "note", "step": self.spec.name} | where | {"text": text})
 
     def _record(self, error: Exception) -> None:
         """Leave the failure where the artifact would be; the checkpoint stays for the next try."""

@@ -51,6 +51,7 @@ def main(given: list[str]) -> None:
     for key, path in (("ca", asked.ca), ("pip", asked.pip_conf)):
         command += ["--secret", f"id={key},src={readable(path)}"] if path else []
     command += ["--network", asked.network] if asked.network else []
+    command += ["--platform", asked.platform] if asked.platform else []
     run([*command, str(ROOT)], {"DOCKER_BUILDKIT": "1"})
     print(f"built {asked.tag} ({asked.variant}, {code})")
     if pushed:
@@ -72,7 +73,12 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--ca", default="", help="file with the certificates that pip trusts while it builds")
     parser.add_argument("--pip-conf", default="", help="configuration of pip while it builds, for another index")
     parser.add_argument("--network", default="", help="network of the build, for example host")
-    words = [word for key, word in zip(given[::2], given[1::2], strict=True) if word for word in (key, word)]
+    parser.add_argument(
+        "--platform", default="", help="of the cluster's nodes where it is not this machine's: linux/amd64"
+    )
+    words = list(given)
+    while "" in words:
+        del words[words.index("") - 1 : words.index("") + 1]
     asked = parser.parse_args(words)
     if asked.push and ("@" in asked.push or ":" in asked.push.rpartition("/")[2]):
         parser.error(f"PUSH={asked.push}: give registry/name alone; the tag is made from the code's version")

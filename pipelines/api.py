@@ -30,6 +30,7 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries; the last one repeat
 TRANSIENT = {408, 429, 502, 503, 504}
 LONGEST_MESSAGE = 800
 MAX_ANSWER = 64 << 20  # bytes of one answer; a workflow of thousands of nodes stays far below
+LONGEST = 300.0  # seconds that one answer may take to arrive, however steadily it does
 PAGE = 100
 Predicate = Dict[str, str]
 
@@ -84,6 +85,15 @@ class Connection:
     ui: str = ""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     patience: float = PATIENCE
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one request."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class Client:
             try:
                 self._health = {"multi_user": False, **self.get("/apis/v2beta1/healthz")}
             except NotFound as error:
-                raise self._foreign() from error
+                raise Unreachable(self._foreign()) from error
         return self._health
 
     @property
@@ -192,18 +202,16 @@ class Client:
         except NotFound:
             return ""
 
-    def _foreign(self) -> Unreachable:
+    def _foreign(self) -> str:
         try:
             old = self.get("/apis/v1beta1/healthz")
         except DistilleryError:
-            return Unreachable(
+            return (
                 f"{self.to.endpoint}: there is a server, but no Kubeflow Pipelines API under /apis/v2beta1; is it the "
                 "address of ml-pipeline (port 8888), or of Kubeflow's gateway with the path /pipeline?"
             )
-        said = old.get("tag_name") or "1"
-        return Unreachable(
-            f"{self.to.endpoint}: this is Kubeflow Pipelines {said}; version 2 is needed (2.15 or newer)"
-        )
+        version = old.get("tag_name") or "1"
+        return f"{self.to.endpoint}: this is Kubeflow Pipelines {version}; version 2 is needed (2.15 or newer)"
 
     @property
     def namespace(self) -> str:
@@ -396,7 +404,7 @@ class Client:
 
     def _send(
         self, method: str, path: str, query: Optional[Mapping[str, Any]], body: Optional[Mapping[str, Any]]
-    ) -> urllib3.BaseHTTPResponse:
+    ) -> Answer:
         headers = {"Accept": "application/json", **self.to.headers}
         if token := self._token():
             headers["Authorization"] = f"Bearer {token}"
@@ -408,7 +416,22 @@ class Client:
         url = self.to.endpoint + path
         if fields:
             url += "?" + urlencode(fields)
-        return self._pool.request(method, url, headers=headers, body=content, redirect=False, preload_content=True)
+        given: Dict[str, Any] = {"headers": headers, "body": content, "redirect": False, "preload_content": False}
+        response = self._pool.request(method, url, **given)
+        data, until = bytearray(), time.monotonic() + LONGEST
+        try:
+            for part in response.stream(1 << 16):
+                data += part
+                if len(data) > MAX_ANSWER or time.monotonic() > until:
+                    raise ApiError(
+                        f"{method} {path}: {len(data)} bytes in {time.monotonic() - until + LONGEST:.0f} s and no end; "
+                        f"an answer may have {MAX_ANSWER} bytes and take {LONGEST:.0f} s"
+                    )
+        except ApiError:
+            response.close()
+            raise
+        response.release_conn()
+        return Answer(response.status, response.headers, bytes(data))
 
     def _token(self) -> str:
         token, where = self.to.token.strip(), "--existing-token"
@@ -422,10 +445,8 @@ class Client:
             raise UserError(f"{where}: {len(token)} characters, some of which no token has; is it the right one?")
         return token
 
-    def _read(self, answer: urllib3.BaseHTTPResponse, method: str, path: str, raw: bool) -> Any:
+    def _read(self, answer: Answer, method: str, path: str, raw: bool) -> Any:
         status = answer.status
-        if len(answer.data) > MAX_ANSWER:
-            raise ApiError(f"{method} {path}: an answer of {len(answer.data)} bytes, more than {MAX_ANSWER}")
         if 200 <= status < 300:
             if raw:
                 return {"text": answer.data.decode("utf-8", "replace")}
@@ -451,8 +472,8 @@ class Client:
             )
         if status == 403:
             raise Refused(
-                f"{method} {path}: not allowed (403 {words}); namespace {self.to.namespace!r} must exist and this "
-                "user must have a role in it"
+                f"{method} {path}: not allowed (403 {words}); namespace {self.to.namespace!r} must exist, and whoever "
+                f"asks ({'with' if self._token() else 'without'} a token) must have a role in it"
             )
         if status == 404:
             raise NotFound(f"{method} {path}: not found on {self.to.endpoint} (404 {words})")
@@ -512,7 +533,7 @@ def age(text: str) -> float:
     return (datetime.now(UTC) - then).total_seconds()
 
 
-def said(answer: urllib3.BaseHTTPResponse) -> str:
+def said(answer: Answer) -> str:
     """What an error's body says, in one line."""
     text = answer.data[: 1 << 16].decode("utf-8", "replace")
     try:

@@ -1,146 +1,86 @@
-"""A compiled package, and what it is asked to run with: checked here, before anything is sent."""
+"""What KFP takes only as a constant, changed in a copy of the package: `python -m pipelines.package --help`.
 
+A pod's labels, its pull secret and how many pods of a loop run at once cannot be pipeline parameters: labels and limits
+are fixed when KFP compiles the workflow, an empty name of a secret fails in its driver, and a secret on the pod hides
+those of the service account. The committed package has neither label nor pull secret; whoever needs one sends a copy.
+"""
+
+import argparse
 import copy
-import json
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List
 
 import yaml
 
-from distillery.errors import UserError, choices, nearest
+from distillery.errors import UserError
+from pipelines.compile import PACKAGE, documents
 
-DISTILL = Path(__file__).with_name("distill_pipeline.yaml")
-SCHEMA = "2.1"
-MAX_BYTES = 16 << 20  # of a package; the API takes 32 MiB, the workflow made of it far less
-WORDS = {
-    "STRING": "a text",
-    "NUMBER_INTEGER": "a whole number",
-    "NUMBER_DOUBLE": "a number",
-    "BOOLEAN": "true or false",
-    "LIST": "a list as JSON",
-    "STRUCT": "a mapping as JSON",
-}
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # Kueue holds a pod with this label back until its LocalQueue has room
 
 
-@dataclass(frozen=True)
-class Package:
-    """A compiled pipeline: its specification, and what Kubernetes is told besides ({} = nothing)."""
+def changed(package: List[Any], queue: str = "", pull_secret: str = "", parallelism: int = 0) -> List[Any]:
+    """A package (see `compile.documents`) with constants of its own.
 
-    path: Path
-    spec: Dict[str, Any]
-    platform: Dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The pipeline's name."""
-        return str(self.spec["pipelineInfo"]["name"])
-
-    @property
-    def parameters(self) -> Dict[str, Dict[str, Any]]:
-        """The pipeline's parameters: name -> parameterType, and defaultValue where it has one."""
-        known: Dict[str, Dict[str, Any]] = self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
-        return known
-
-    def document(self) -> Dict[str, Any]:
-        """What the API takes as `pipeline_spec`, in the form in which kfp sends it."""
-        return {"pipeline_spec": self.spec, "platform_spec": self.platform} if self.platform else self.spec
-
-    def checked(self, texts: Mapping[str, Any]) -> Dict[str, Any]:
-        """Parameters with values of the types that the package wants.
-
-        Args:
-            texts: name -> what somebody wrote; what is no text already must have the right type.
-
-        Raises:
-            UserError: an unknown name, a value of another type, or a parameter without value.
-        """
-        values = {name: self._value(name, text) for name, text in texts.items()}
-        missing = [
-            n for n, asked in self.parameters.items() if "defaultValue" not in asked and not asked.get("isOptional")
-        ]
-        lacking = sorted(set(missing) - set(values))
-        if lacking:
-            raise UserError(f"{self.path.name}: no value for {choices(lacking)}; give --param NAME=VALUE")
-        return values
-
-    def _value(self, name: str, text: Any) -> Any:
-        if name not in self.parameters:
-            raise UserError(
-                f"--param {name}: {self.path.name} has no such parameter{nearest(name, self.parameters)}; "
-                f"it has {choices(sorted(self.parameters))}"
-            )
-        kind = self.parameters[name]["parameterType"]
-        if kind == "STRING" and isinstance(text, str):
-            return text
-        try:
-            value = json.loads(text) if isinstance(text, str) else text
-        except ValueError:
-            value = None
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
-        fits = {
-            "NUMBER_INTEGER": whole,
-            "NUMBER_DOUBLE": isinstance(value, (int, float)) and not isinstance(value, bool),
-            "BOOLEAN": isinstance(value, bool),
-            "LIST": isinstance(value, list),
-            "STRUCT": isinstance(value, dict),
-        }
-        if not fits.get(kind, False):
-            raise UserError(f"--param {name}={text!r}: the pipeline wants {WORDS.get(kind, kind)} here")
-        return value
-
-    def changed(self, parallelism: int = 0, caching: bool = True) -> "Package":
-        """The package with another number of pods at once in its loops, or without KFP's cache.
-
-        Args:
-            parallelism: turns of a loop that run at once; 0 = as compiled.
-            caching: False runs every step, whatever KFP has seen before.
-        """
-        spec = copy.deepcopy(self.spec)
-        for task in tasks(spec):
-            if parallelism and ("parameterIterator" in task or "artifactIterator" in task):
-                task.setdefault("iteratorPolicy", {})["parallelismLimit"] = parallelism
-            if not caching:
-                task["cachingOptions"] = {}
-        return Package(self.path, spec, self.platform)
-
-
-def tasks(spec: Mapping[str, Any]) -> List[Dict[str, Any]]:
-    """Every task of a pipeline, in its loops and inner pipelines too."""
-    parts = [spec["root"], *spec.get("components", {}).values()]
-    return [task for part in parts for task in part.get("dag", {}).get("tasks", {}).values()]
-
-
-def load(path: Path = DISTILL) -> Package:
-    """Read a compiled package.
+    Args:
+        package: specification and Kubernetes settings; left as it is.
+        queue: name of a Kueue LocalQueue in the namespace of the runs; "" = no label.
+        pull_secret: name of a secret of type dockerconfigjson there; "" = those of the pods' service account.
+        parallelism: pods of a loop at once; 0 = as compiled.
 
     Raises:
-        UserError: no such file, or not what kfp 2 compiles.
+        UserError: a negative parallelism, or a document that is no package of this pipeline.
     """
+    if parallelism < 0:
+        raise UserError(f"parallelism {parallelism}: give a number of pods from 1, or 0 for the package's own")
+    made = copy.deepcopy(package)
+    for pod in _pods(made):
+        if queue:
+            pod.setdefault("podMetadata", {}).setdefault("labels", {})[QUEUE_LABEL] = queue
+        if pull_secret:
+            name = {"secretName": pull_secret, "secretNameParameter": {"runtimeValue": {"constant": pull_secret}}}
+            pod["imagePullSecret"] = [name]
+    for task in _tasks(made[0]):
+        if parallelism and "iteratorPolicy" in task:
+            task["iteratorPolicy"]["parallelismLimit"] = parallelism
+    return made
+
+
+def _pods(package: List[Any]) -> List[Dict[str, Any]]:
+    """The Kubernetes settings of every step."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(f"{path}: {size} bytes; a compiled pipeline has fewer than {MAX_BYTES}")
-        found = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=LOADER))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; give the file of a compiled pipeline, or none for {DISTILL.name}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: no YAML ({' '.join(str(error).split())}); give a compiled pipeline") from error
-    spec, platform = split(found)
-    version = str(spec.get("schemaVersion", ""))
-    if "root" not in spec or not version.startswith(SCHEMA) or "name" not in spec.get("pipelineInfo", {}):
+        return list(package[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values())
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: no compiled pipeline (schemaVersion {version!r}, keys {choices(sorted(map(str, spec)))[:200]}); "
-            "`make compile` writes them, and an experiment's YAML belongs after -x"
-        )
-    return Package(path, spec, platform)
+            f"{len(package)} documents without Kubernetes settings ({error}); give a compiled pipeline"
+        ) from error
 
 
-def split(documents: List[Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Specification and platform out of a file's documents; {} for what is missing."""
-    known = [document for document in documents if isinstance(document, dict)]
-    platform = next((document for document in known if set(document) == {"platforms"}), {})
-    return next((document for document in known if document is not platform), {}), platform
+def _tasks(specification: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    for part in (specification["root"], *specification["components"].values()):
+        yield from part.get("dag", {}).get("tasks", {}).values()
 
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def main(arguments: List[str]) -> int:
+    """Write a changed copy; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.package", description=__doc__.splitlines()[0])
+    parser.add_argument("--package", type=Path, default=PACKAGE, help="the compiled pipeline to start from")
+    parser.add_argument("--out", type=Path, required=True, help="where to write the copy")
+    parser.add_argument("--queue", default="", help="Kueue LocalQueue of every step's pod")
+    parser.add_argument("--pull-secret", default="", help="secret with the image registry's credentials")
+    parser.add_argument("--parallelism", type=int, default=0, help="pods of a loop at once")
+    asked = parser.parse_args(arguments)
+    try:
+        made = changed(documents(asked.package), asked.queue, asked.pull_secret, asked.parallelism)
+        asked.out.write_text(yaml.safe_dump_all(made, sort_keys=False), encoding="utf-8")
+    except UserError as error:
+        print(f"error: {asked.package}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        parser.error(f"{error}; choose a file that exists for --package, and one you may write for --out")
+    print(f"{asked.out} written; send it with: kfp run create -e distill -f {asked.out} experiment=NAME")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Tuple
 
-from pipelines.api import ApiError, Client, Run
+from pipelines.api import ApiError, BadRequest, Client, Refused, Run, Unreachable
 
 STATES = {"Pending": "PENDING", "Running": "RUNNING", "Succeeded": "SUCCEEDED", "Failed": "FAILED", "Error": "FAILED"}
 LOST = re.compile(
@@ -180,15 +180,17 @@ def log_of(client: Client, run: Run, step: Step) -> str:
     """What a step's pod printed.
 
     Raises:
-        ApiError: nobody has it any more, or it never had a pod.
+        ApiError: nobody has it any more, it never had a pod, or whoever asks may not read it.
     """
-    error = ApiError(f"{step.path}: it has no pod" + (f" ({step.message})" if step.message else ""))
+    error = f"{step.path}: no pod of it is known" + (f" ({step.message})" if step.message else "")
     for pod in step.pods:
         try:
             return COLOURS.sub("", client.log(run.id, pod))
-        except ApiError as found:
-            error = found
-    raise error
+        except Unreachable:
+            raise
+        except (ApiError, Refused, BadRequest) as found:
+            error = str(found)
+    raise ApiError(error)
 
 
 def last_lines(text: str, count: int = LAST_LINES) -> List[str]:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
 from distillery.errors import DistilleryError, StoreError, UserError
-from pipelines import package as packages
+from pipelines import compiled
 from pipelines.api import Client, NotFound, Run, Unreachable, contains
 from pipelines.follow import Follower, explain
 from pipelines.options import connected
@@ -18,16 +19,20 @@ from pipelines.retry import Limits
 
 MARK = "distillery-key:"  # in the description of a run, so that it can be found again
 MAX_TEXT = 100_000  # bytes of an experiment: KFP passes no more between steps
+SETTLE = 1.2  # seconds after which two runs of the same second see each other: the API tells no finer time
+SIZES = ("_cpu", "_memory", "_gpus")  # how parameters end that say what pods ask for
 BLOCKING = ("PENDING", "RUNNING", "PAUSED", "SUCCEEDED")  # a run in one of these answers for its key
 
 
 @click.command()
-@click.argument("package", type=click.Path(path_type=Path), default=packages.DISTILL, metavar="[PACKAGE]")
+@click.argument("package", type=click.Path(path_type=Path), default=compiled.DISTILL, metavar="[PACKAGE]")
 @click.option("-x", "--experiment-yaml", "experiment", metavar="EXPERIMENT", help="YAML file, URI or shipped name.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Replace a value of the experiment.")
 @click.option("--param", "params", metavar="NAME=VALUE", multiple=True, help="A parameter of the pipeline.")
 @click.option("--profile", default="", help="Hardware profile, instead of the experiment's.")
 @click.option("--parallelism", type=click.IntRange(1, 1000), help="Turns of each loop that run at once.")
+@click.option("--queue", default="", help="Kueue's LocalQueue that lets the pods in.")
+@click.option("--pull-secret", default="", help="Secret with the image registry's credentials.")
 @click.option("--name", default="", help="The run's name; default: the experiment's, and the time.")
 @click.option("-e", "--experiment-name", default="", help="KFP's experiment that holds the run; default: distill.")
 @click.option("--pipeline-root", default="", help="Where artifacts go, for example s3://bucket/prefix.")
@@ -49,6 +54,8 @@ def submit(
     params: Tuple[str, ...],
     profile: str,
     parallelism: Optional[int],
+    queue: str,
+    pull_secret: str,
     name: str,
     experiment_name: str,
     pipeline_root: str,
@@ -68,7 +75,7 @@ def submit(
     """
     if retries and not wait:
         raise UserError(f"--retries {retries}: somebody has to watch; add --wait, or leave it to `watch`")
-    chosen = packages.load(package).changed(parallelism or 0, not no_cache)
+    chosen = compiled.load(package).changed(queue, pull_secret, parallelism or 0, not no_cache)
     parameters, title = arguments(chosen, experiment, list(changes), list(params), profile)
     body: Dict[str, Any] = {"pipeline_spec": chosen.document(), "runtime_config": {"parameters": parameters}}
     if pipeline_root:
@@ -87,7 +94,7 @@ def submit(
 
 
 def arguments(
-    chosen: packages.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
+    chosen: compiled.Package, experiment: Optional[str], changes: List[str], params: List[str], profile: str
 ) -> Tuple[Dict[str, Any], str]:
     """The pipeline's parameters, checked, and a title for the run.
 
@@ -108,17 +115,29 @@ def arguments(
         texts["profile"] = profile
     elif profile:
         changes = [*changes, f"profile={profile}"]
-    if source is not None:
-        texts["experiment"], title = experiment_text(source, changes, profile)
-    elif changes:
+    if source is None and changes:
         raise UserError(f"--set {changes[0]!r}: there is no experiment to change; give -x EXPERIMENT")
-    return chosen.checked(texts), title
+    values = chosen.checked(texts)
+    if source is None and not any(name == "profile" or name.endswith(SIZES) for name in values):
+        return values, title
+    from distillery.profiles import Wish  # imports torch, as the check of an experiment does
+
+    known = {each.name for each in fields(Wish)}
+    wish = Wish(**{name: text for name, text in values.items() if name in known})
+    if source is None:
+        return values, title
+    values["experiment"], title = experiment_text(source, changes, wish)
+    return chosen.checked(values), title
 
 
-def experiment_text(source: str, changes: List[str], profile: str = "") -> Tuple[str, str]:
+def experiment_text(source: str, changes: List[str], wish: Any) -> Tuple[str, str]:
     """What to send as the pipeline's parameter `experiment`, and the experiment's name, after every check.
 
     A file's text is sent, since the cluster cannot read it; a URI and a shipped name are sent as they are.
+
+    Args:
+        source, changes: see `experiment.override`.
+        wish: what is asked for pods, a `profiles.Wish`.
 
     Raises:
         UserError: one line per fault of the experiment.
@@ -126,9 +145,8 @@ def experiment_text(source: str, changes: List[str], profile: str = "") -> Tuple
     from distillery import experiment  # imports torch
 
     text = experiment.override(source, changes)
-    wanted = experiment.override(source, [*changes, f"profile={profile}"]) if profile else text
     try:
-        name = experiment.check(wanted)[0].name
+        name = experiment.check(text, wish=wish)[0].name
     except StoreError as error:
         if changes:
             raise
@@ -153,7 +171,7 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
     """
     if not again and (found := oldest(client, mark)):
         return found, False
-    before = set() if not again else {run.id for run in client.runs([contains("description", mark)])}
+    before = {run.id for run in client.runs([contains("description", mark)])}
     try:
         run = client.create_run(body)
     except Unreachable as error:
@@ -161,7 +179,10 @@ def start(client: Client, body: Dict[str, Any], mark: str, again: bool = False) 
             raise
         arrived = [run for run in client.runs([contains("description", mark)]) if run.id not in before]
         run = arrived[-1] if arrived else client.create_run(body)
-    first = run if again else oldest(client, mark) or run
+    if again:
+        return run, True
+    time.sleep(SETTLE)
+    first = oldest(client, mark) or run
     if first.id != run.id:
         client.terminate(run.id)
         client.delete_run(run.id)

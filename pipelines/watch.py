@@ -5,14 +5,14 @@ It keeps nothing itself: how often a run has failed is what KFP remembers. It ne
 
 import json
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
 import click
 
 from distillery.errors import DistilleryError
 from pipelines.api import Client, NotFound, Run, Unreachable, age
 from pipelines.options import connected
-from pipelines.retry import Limits, Past, judge, retry
+from pipelines.retry import Limits, Past, Verdict, judge, retry
 from pipelines.submit import default_experiment
 
 DAY = 86400.0
@@ -49,20 +49,20 @@ class Watcher:
     def __init__(self, client: Client, experiment: str, limits: Limits, within: float) -> None:
         self.client, self.experiment, self.limits, self.within = client, experiment, limits, within
         self.past = Past()
-        self._judged: Dict[str, Tuple[str, Any]] = {}
+        self._judged: Dict[str, Tuple[str, Verdict]] = {}
 
     def look(self) -> None:
         """Go through all runs once, and retry those whose time has come."""
         for run in self.failed():
-            finished, verdict = self._judged.get(run.id, ("", None))
-            if verdict is None or finished != run.finished:
-                verdict = judge(self.client, run, self.limits, self.past)
-                self._judged[run.id] = (run.finished, verdict)
-                click.echo(f"{stamp()}  {run.name} ({run.id}): {verdict.said}")
+            if self._judged.get(run.id, ("",))[0] != run.finished:
+                self._judged[run.id] = (run.finished, judge(self.client, run, self.limits, self.past))
+                click.echo(f"{stamp()}  {run.name} ({run.id}): {self._judged[run.id][1].said}")
+            verdict = self._judged[run.id][1]
             if not verdict.retry or max(0.0, age(run.finished)) < self.limits.wait(self.past.retries[run.id] - 1):
                 continue
             try:
                 retry(self.client, run)
+                self._judged[run.id] = (run.finished, Verdict(False, "retried"))  # its old end may be told once more
                 click.echo(f"{stamp()}  {run.name} ({run.id}): retried")
             except DistilleryError as error:  # one run's trouble is not the others'
                 click.echo(f"{stamp()}  {run.name} ({run.id}): the retry was refused: {error}", err=True)

@@ -105,6 +105,7 @@ class FakeKfp:
         runs, experiments, recurring: what was created, by id, as JSON.
         requests: method, path and body of everything that was asked.
         forgets: lose a run's state history at a retry, as servers before 2.17 do.
+        old_api: show workflows, as v1beta1 does. logs: let this caller read them.
         version: "" makes it a server without v2beta1.
     """
 
@@ -117,10 +118,11 @@ class FakeKfp:
         version: str = "2.17.0",
         forgets: bool = False,
         old_api: bool = True,
+        logs: bool = True,
     ) -> None:
         self.steps = steps if steps is not None else [Act(path) for path in DEFAULT_STEPS]
         self.multi_user, self.token, self.namespaces, self.version = multi_user, token, namespaces, version
-        self.forgets, self.old_api = forgets, old_api
+        self.forgets, self.old_api, self.logs = forgets, old_api, logs
         self.played: dict[str, Played] = {}
         self.experiments: dict[str, dict[str, Any]] = {}
         self.recurring: dict[str, dict[str, Any]] = {}
@@ -536,6 +538,8 @@ class FakeKfp:
 
     def log(self, key: str, pod: str) -> str:
         """A pod's log."""
+        if not self.logs:
+            raise Answer(403, "Failed to authorize the request: PermissionDenied: verb readLog", 7)
         played = self.played.get(key)
         if played is None:
             raise Answer(400, f"Failed to read logs for run {key} due to run fetching error", 3)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests._manifests import ROOT, kubectl
+from _manifests import ROOT, kubectl
 
 BINARIES = ROOT / ".tools" / "bin"
 DEFINITIONS = ROOT / ".tools" / "crds"
@@ -24,7 +24,7 @@ TOKEN = "token-of-a-test-server"
 
 def built() -> bool:
     """Whether `make kube` has been here."""
-    return all((BINARIES / name).exists() for name in ("etcd", "kube-apiserver"))
+    return DEFINITIONS.exists() and all((BINARIES / name).exists() for name in ("etcd", "kube-apiserver"))
 
 
 @dataclass

@@ -430,7 +430,7 @@ def test_an_experiment_that_is_wrong(world: World) -> None:
 
 def test_what_each_cell_asks_is_known(world: World) -> None:
     path = world.folder / "mine.yaml"
-    path.write_text(DEMO.read_text() + "\nprofile: gpu\n")
+    path.write_text(DEMO.read_text() + "\nprofile: a100\n")
     said = world.fault("node for synthesize", "--experiment-yaml", str(path))
     assert "1 nvidia.com/gpu" in said
 

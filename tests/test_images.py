@@ -135,7 +135,16 @@ def test_build_alone_leaves_the_file_and_warns_of_a_base_that_may_change(tmp_pat
 def test_build_behind_a_proxy_passes_names_and_files_but_no_values(tmp_path: Path) -> None:
     for name in ("ca.crt", "pip.conf"):
         (tmp_path / name).write_text("marked-secret")
-    given = ("--ca", str(tmp_path / "ca.crt"), "--pip-conf", str(tmp_path / "pip.conf"), "--network", "host")
+    given = (
+        "--ca",
+        str(tmp_path / "ca.crt"),
+        "--pip-conf",
+        str(tmp_path / "pip.conf"),
+        "--network",
+        "host",
+        "--platform",
+        "linux/arm64",
+    )
     done, calls = make_image(tmp_path, *given, https_proxy="http://me:marked-secret@proxy:3128")
     assert done.returncode == 0, done.stderr
     built = calls[-1]
@@ -143,6 +152,7 @@ def test_build_behind_a_proxy_passes_names_and_files_but_no_values(tmp_path: Pat
     assert f'"id=pip,src={tmp_path / "pip.conf"}"' in built
     assert '"--build-arg", "https_proxy"' in built
     assert '"--network", "host"' in built
+    assert '"--platform", "linux/arm64"' in built
     assert "marked-secret" not in built + done.stdout + done.stderr
 
 

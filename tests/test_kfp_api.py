@@ -130,7 +130,7 @@ def test_tokens(tmp_path: Path) -> None:
 def test_a_namespace_is_named_to_many_users_only() -> None:
     with FakeKfp(multi_user=True, namespaces=("me",)) as kfp:
         assert client(kfp, namespace="me").experiment("distill", create=True)
-        with pytest.raises(Refused, match="namespace 'other' must exist"):
+        with pytest.raises(Refused, match="namespace 'other' must exist.*without a token"):
             client(kfp, namespace="other").experiment("distill")
         with pytest.raises(UserError, match="--namespace"):
             client(kfp).experiment("distill")
@@ -150,6 +150,14 @@ def test_an_experiment_that_somebody_else_makes_first_is_used(kfp: FakeKfp, monk
     assert to.experiment("distill", create=True) == other.experiment("distill")
     with pytest.raises(NotFound, match="'nix'"):
         to.experiment("nix")
+
+
+def test_an_answer_without_end_is_cut(kfp: FakeKfp, monkeypatch: pytest.MonkeyPatch) -> None:
+    to = client(kfp)
+    run = to.create_run(body(to))
+    monkeypatch.setattr(api, "MAX_ANSWER", 50)
+    with pytest.raises(ApiError, match="an answer may have 50 bytes"):
+        to.run(run.id)
 
 
 def test_a_server_of_kfp_1_is_named() -> None:

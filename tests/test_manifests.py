@@ -2,19 +2,24 @@
 
 import functools
 import json
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
+from _manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, kubectl, own, pod_templates
+from _servers import available, running
 from kubernetes_validate import utils
+from minio import Minio
 
 from pipelines.api import TOKEN_FILE
 from pipelines.resources import SECRET
 from pipelines.watch import watch
-from tests._manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations, own, pod_templates
 
+OPERATIONS = ROOT / "docs" / "operations.md"
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
 FOREIGN = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}  # Kueue's; the API server test has its definitions
 CLUSTER_WIDE = {"PriorityClass", "ResourceFlavor", "ClusterQueue"}
@@ -170,3 +175,55 @@ def test_the_watch_job_calls_a_command_that_exists(documents: list[Doc]) -> None
     ((source,),) = [tokens[mounts[str(TOKEN_FILE.parent)]]]
     assert source["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
     assert source["serviceAccountToken"]["path"] == TOKEN_FILE.name
+
+
+def test_the_folder_of_one_s_own_in_the_docs_builds(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", OPERATIONS.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = [block for block in blocks if "kind: Kustomization" in block]
+    (tmp_path / "k8s").symlink_to(K8S)
+    (tmp_path / "my-cluster").mkdir()
+    (tmp_path / "my-cluster" / "kustomization.yaml").write_text(text, encoding="utf-8")
+    found = build(tmp_path / "my-cluster")
+    quotas = {d["metadata"]["name"]: d["spec"]["hard"] for d in found if d["kind"] == "ResourceQuota"}
+    assert quotas["distillery-gpu"] == {"requests.nvidia.com/gpu": "32"} and "distillery" in quotas
+    assert {d["metadata"]["namespace"] for d in found} == {"team-a"}
+
+
+def test_the_read_only_patch_in_the_docs_does_that(tmp_path: Path) -> None:
+    (text,) = re.findall(
+        r"COMPILED_PIPELINE_SPEC_PATCH='(\{\"podSpecPatch.*?)'", OPERATIONS.read_text(encoding="utf-8")
+    )
+    patch = json.loads(json.loads(text)["podSpecPatch"])
+    volume = {"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}}
+    scratch = {"name": "scratch", "mountPath": "/tmp"}
+    main = {"name": "main", "image": "some", "command": ["work"], "volumeMounts": [scratch]}
+    spec = {"containers": [{"name": "wait", "image": "argo"}, main], "volumes": [volume]}
+    pod = tmp_path / "pod.json"
+    pod.write_text(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "step"}, "spec": spec}))
+    given = [kubectl(), "patch", "--local", "-f", str(pod), "--type=strategic", "-o", "json", "-p"]
+    done = subprocess.run([*given, json.dumps({"spec": patch})], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    containers = {c["name"]: c for c in json.loads(done.stdout)["spec"]["containers"]}
+    assert containers["main"]["securityContext"] == {"readOnlyRootFilesystem": True}
+    assert containers["main"]["command"] == ["work"] and "securityContext" not in containers["wait"]
+    assert [m["mountPath"] for m in containers["main"]["volumeMounts"]] == ["/tmp"], "one mount, whoever gave it"
+
+
+def test_the_bucket_job_makes_the_bucket_and_can_run_again(tmp_path: Path) -> None:
+    job = next(pod for name, pod in pod_templates(json.loads(overlay("local"))) if name == "Job/distillery-bucket")
+    (container,) = job["spec"]["containers"]
+    with running(available()[0], tmp_path) as server:
+        given = {"AWS_ACCESS_KEY_ID": server.access, "AWS_SECRET_ACCESS_KEY": server.secret}
+        given |= {e["name"]: e["value"] for e in container["env"] if "value" in e}
+        given |= {"ENDPOINT": f"127.0.0.1:{server.port}"}
+        assert {e["name"] for e in container["env"]} == set(given)
+        for _ in range(2):
+            subprocess.run([sys.executable, *container["command"][1:], *container["args"]], env=given, check=True)
+        client = Minio(given["ENDPOINT"], server.access, server.secret, secure=False)
+        assert [bucket.name for bucket in client.list_buckets()] == ["distillery"]
+        bad = subprocess.run(
+            [sys.executable, *container["command"][1:], *container["args"]],
+            env={**given, "AWS_SECRET_ACCESS_KEY": "wrong"},
+            capture_output=True,
+        )
+        assert bad.returncode != 0

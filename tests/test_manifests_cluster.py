@@ -5,15 +5,16 @@ Needs `make kube`. No pod runs here: what a pod does is for a cluster with nodes
 
 import itertools
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-
-from tests._kube import DEFINITIONS, Cluster, built, cluster
-from tests._manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
+from _kube import DEFINITIONS, Cluster, built, cluster
+from _manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
 
 pytestmark = [
     pytest.mark.cluster,
@@ -110,11 +111,14 @@ def test_kfp_keeps_its_own_keys_when_the_store_s_are_added(kube: Cluster) -> Non
     kfp = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kfp-launcher", "namespace": "kubeflow"}}
     shipped = json.dumps({**kfp, "data": {"defaultPipelineRoot": "minio://mlpipeline/v2/artifacts"}})
     kube.do("apply", "-f", "-", stdin=shipped)
+    plain = kube.do("apply", "--dry-run=server", "-o", "json", "-k", str(K8S / "launcher"))
+    assert "defaultPipelineRoot" not in json.loads(plain)["data"], "then the way round it is needless"
     kube.do(*command("k8s/launcher"))
     kube.do("apply", "-f", "-", stdin=shipped)  # an upgrade of KFP
     data = kube.get("configmap", "kfp-launcher", "-n", "kubeflow")["data"]
     assert data["defaultPipelineRoot"] == "minio://mlpipeline/v2/artifacts"
     assert "distillery-s3" in data["providers"]
+    kube.do("delete", "configmap", "kfp-launcher", "-n", "kubeflow")
 
 
 def test_the_retry_patch_leaves_argo_s_other_settings(kube: Cluster) -> None:
@@ -131,6 +135,7 @@ def test_the_retry_patch_leaves_argo_s_other_settings(kube: Cluster) -> None:
     found = kube.get("configmap", name["name"], "-n", "kubeflow")["data"]
     assert found["artifactRepository"] == data["artifactRepository"]
     assert yaml.safe_load(found["workflowDefaults"]) == {"spec": defaults}
+    kube.do("delete", "configmap", name["name"], "-n", "kubeflow")
 
 
 def test_the_secret_s_command_makes_it_and_replaces_it(kube: Cluster, tmp_path: Path) -> None:
@@ -172,6 +177,36 @@ def test_limits_leave_room_for_pods_that_ask_for_nothing(kube: Cluster, tmp_path
             assert fits or "exceeded quota" in done.stderr
     finally:
         kube.do("delete", "-k", folder, "--wait=false")
+
+
+def test_every_kubectl_command_of_the_operations_page_works(kube: Cluster, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").replace(" NS ", " kubeflow ")
+    secrets = tmp_path / "s3.env"
+    secrets.write_text("accesskey=some\nsecretkey=other\n", encoding="utf-8")
+    text = text.replace("k8s/s3.env ", f"{secrets} ")
+    found: dict[str, list[str]] = {}
+    for section in text.split("\n## ")[1:]:
+        blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        lines = [line for block in blocks for line in re.sub(r"([|\\])\n +", r"\1 ", block).splitlines()]
+        found[section.splitlines()[0]] = [line for line in lines if line.startswith("kubectl ")]
+    assert sum(map(len, found.values())) >= 12 and len(found["Uninstall"]) == 3
+    for name in ("ml-pipeline", "distillery-s3"):
+        kube.do("create", "deployment", name, "-n", "kubeflow", "--image=some")
+    kube.do("create", "serviceaccount", "pipeline-runner", "-n", "kubeflow")
+    config = ("create", "configmap", "-n", "kubeflow", "--from-literal=workflowDefaults=x")
+    kube.do(*config, "workflow-controller-configmap")
+    last = found.pop("Uninstall")
+    for line in [*itertools.chain(*found.values()), *last]:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            cwd=ROOT,
+            env={**os.environ, "KUBECONFIG": str(kube.kubeconfig)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    left = kube.get("all,networkpolicies,roles,quota", "-n", "kubeflow", "-l", "app.kubernetes.io/part-of=distillery")
+    assert [item["kind"] for item in left["items"] if item["kind"] != "Job"] == []
 
 
 def command(target: str) -> list[str]:

@@ -137,6 +137,11 @@ def test_one_runs_trouble_is_not_the_others(capsys: pytest.CaptureFixture[str]) 
         assert [kfp.runs[run]["state"] for run in runs] == ["RUNNING", "FAILED"]
 
 
+def test_logs_that_may_not_be_read_change_nothing() -> None:
+    with FakeKfp(steps=[Act("plan", fails=9, log="boom")], logs=False) as kfp:
+        assert play(kfp, submit(kfp), 4, "--retries", "5") == 1
+
+
 def test_once_fails_when_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeKfp() as kfp:
         kfp.stop()

@@ -19,6 +19,7 @@ from distillery.methods._contract import Teacher
 from distillery.rng import generator
 
 if TYPE_CHECKING:
+    from distillery.data.images import Images
     from distillery.data.real import Real
     from distillery.track import Track
 
@@ -161,10 +162,10 @@ def score_all(work: Sequence[Unit], score: Callable[[Unit], Tensor], track: Trac
     return dict(zip(counts, torch.cat(found).split(list(counts.values())), strict=True))
 
 
-def by_class(real: Real) -> list[Tensor]:
-    """Training images of each class as views: [n, 3, R, R] uint8."""
-    images_u8, _ = real.pixels("train")
-    return list(images_u8.split(real.counts("train")))
+def by_class(real: Real) -> Sequence[Images]:
+    """Training images of each class, [n, 3, R, R] uint8: views, or decoded when they are indexed."""
+    images_u8, _ = real.images("train")
+    return images_u8.split(real.counts("train"))
 
 
 def around_medians(

@@ -60,6 +60,10 @@ class Store(ABC):
         """The bytes under `key`. Raises MissingKey."""
 
     @abstractmethod
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        """`nbytes` bytes from `start` of what is under `key`. Raises MissingKey; StoreError when it is shorter."""
+
+    @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Put `data` under `key`, atomically."""
 

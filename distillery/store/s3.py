@@ -114,6 +114,29 @@ class S3Store(Store):
         with contextlib.suppress(MissingKey), self._errors(key):
             self._client.remove_object(self._bucket, self._name(key))
 
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        data, heard = bytearray(), time.monotonic()
+        with self._errors(key):
+            while len(data) < nbytes:  # a broken transfer goes on where it stopped
+                answer = self._client.get_object(
+                    self._bucket, self._name(key), offset=start + len(data), length=nbytes - len(data)
+                )
+                before = len(data)
+                try:
+                    for block in answer.stream(BLOCK):
+                        data += block
+                    if len(data) == before:
+                        raise StoreError(f"{self.uri}/{key} ends before byte {start + nbytes}; it was cut or replaced")
+                except HTTPError as error:
+                    heard = time.monotonic() if len(data) > before else heard
+                    if time.monotonic() - heard > self._http.patience:
+                        raise GaveUp(f"{type(error).__name__}: {error}") from error
+                    time.sleep(FIRST_PAUSE)
+                finally:
+                    answer.close()
+                    answer.release_conn()
+        return bytes(data[:nbytes])
+
     def list(self, prefix: str = "") -> list[Entry]:
         root = join(self._prefix, "")
         with self._errors(prefix):

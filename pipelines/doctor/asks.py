@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import DistilleryError, UserError
-from pipelines.package import Package
+from pipelines.compiled import Package
+from pipelines.package import QUEUE_LABEL
 
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 SELECTOR = re.compile(r'parseJson\(string_value\)\["([^"]+)"\]')
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 Object = dict[str, Any]
 
 

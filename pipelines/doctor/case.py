@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.compiled import Package
 from pipelines.doctor.asks import Asks
 from pipelines.doctor.cluster import Cluster
-from pipelines.package import Package
 
 KFP_SECRET = "mlpipeline-minio-artifact"  # what KFP's launcher reads when nothing else is configured
 CONTROLLER = "kubeflow"  # where KFP's own pods run, unless somebody says otherwise

@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from distillery.errors import DistilleryError, UserError
+from pipelines.compiled import DISTILL, load
 from pipelines.doctor import asks, kubeflow, limits, nodes, pod, secrets, settings, store
 from pipelines.doctor.case import Case, Place
 from pipelines.doctor.cluster import ClusterError
 from pipelines.doctor.finding import Finding, Status, as_json, hide, line, ok, skipped, summary, told, wrong
 from pipelines.options import OPTIONS
-from pipelines.package import DISTILL, load
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def examine(case: Case, show: Callable[[Finding], None]) -> list[Finding]:
 @click.option("--package", type=click.Path(path_type=Path), default=DISTILL, help="Compiled pipeline; default distill.")
 @click.option("--param", "parameters", metavar="NAME=VALUE", multiple=True, help="A pipeline parameter of the run.")
 @click.option("--profile", default="", help="Hardware profile, as for submit.")
-@click.option("--experiment-yaml", metavar="FILE", default="", help="The experiment: a file, or a shipped name.")
+@click.option("-x", "--experiment-yaml", metavar="FILE", default="", help="The experiment: a file, or a shipped name.")
 @click.option("--secret", default="", help="The run's S3 secret; default as in the package (distillery-s3).")
 @click.option("--queue", default="", help="Kueue LocalQueue of the pods; default as in the package.")
 @click.option("--pull-secret", default="", help="The image registry's secret; default as in the package.")
