@@ -47,6 +47,7 @@ class Case:
     asks: Asks | None = None
     places: list[Place] = field(default_factory=list)
     keys: dict[str, dict[str, str]] = field(default_factory=dict)  # secret -> its decoded values
+    authority: str = ""  # the secret with the store's private authority, once it was found
     absent: set[str] = field(default_factory=set)  # secrets known to be missing or unusable
     tokens: set[str] = field(default_factory=set)
 

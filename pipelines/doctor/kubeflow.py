@@ -23,7 +23,7 @@ def check(case: Case) -> Iterator[Finding]:
         case.tokens |= {client.to.token, *client.to.headers.values()}
         health = client.health
     except DistilleryError as error:
-        check = "token" if isinstance(error, Refused) and "token" in str(error) else "endpoint"
+        check = "token" if isinstance(error, Refused) and ": the token " in str(error) else "endpoint"
         yield told(check, error)
         return
     case.multi_user = bool(health["multi_user"])

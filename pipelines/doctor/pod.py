@@ -72,7 +72,7 @@ def manifest(case: Case, name: str, places: list[Place]) -> Object:
     volumes: list[Object] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": shm}}]
     volumes.append({"name": "scratch", "emptyDir": {"sizeLimit": "1Gi"}})  # as /tmp: the root may be read-only
     mounts: list[Object] = [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "scratch", "mountPath": "/tmp"}]
-    if authority := case.parameter("s3_ca"):
+    if authority := case.authority:
         volumes.append({"name": "ca", "secret": {"secretName": authority}})
         mounts.append({"name": "ca", "mountPath": CA_FOLDER, "readOnly": True})
     size = {"cpu": "100m", "memory": "256Mi"}

@@ -84,8 +84,14 @@ def pull(case: Case) -> Iterator[Finding]:
         )
     else:
         yield _pull(case, name)
-    if authority := case.parameter("s3_ca"):
-        yield _examine(case, "store's CA", authority, ("ca.crt",), trimmed=False)
+    name = case.parameter("s3_ca")
+    usual = case.package.parameters.get("s3_ca", {}).get("defaultValue")
+    assert case.cluster is not None
+    if name and name == usual and case.cluster.find(case.path("secrets", name)) is None:
+        yield skipped("store's CA", f"there is no secret {name}: the store's certificate must be of a public authority")
+    elif name:
+        yield _examine(case, "store's CA", name, ("ca.crt",), trimmed=False)
+        case.authority = name if name not in case.absent else ""
 
 
 def _pull(case: Case, name: str) -> Finding:

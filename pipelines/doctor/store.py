@@ -58,7 +58,7 @@ def settings(case: Case, place: Place) -> dict[str, str]:
         found |= {"AWS_ACCESS_KEY_ID": values.get(place.access, ""), "AWS_SECRET_ACCESS_KEY": values.get(place.key, "")}
         found |= {"AWS_SESSION_TOKEN": values.get("sessiontoken", "")}
         found |= {"AWS_REGION": place.region or values.get("region", "")}
-    authority = case.keys.get(case.parameter("s3_ca"), {}).get("ca.crt", "")
+    authority = case.keys.get(case.authority, {}).get("ca.crt", "")
     return found | ({"AWS_CA_BUNDLE": authority} if authority else {})
 
 
