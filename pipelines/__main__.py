@@ -19,6 +19,7 @@ COMMANDS = {
     "cancel": "pipelines.runs",
     "watch": "pipelines.watch",
     "schedule": "pipelines.schedule",
+    "doctor": "pipelines.doctor",
 }
 
 
