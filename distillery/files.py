@@ -64,6 +64,8 @@ def disk(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path`, whole and on the disk, when the block ends well; else nothing changes.
 
+    It can be read, too.
+
     Raises:
         StoreError, UserError: see `disk`.
     """
@@ -72,7 +74,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         try:
-            with part.open("wb") as file:
+            with part.open("w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -83,9 +83,9 @@ def sent(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     put = store.put
 
-    def noted(key: str, path: Path) -> None:
+    def noted(key: str, path: Path, sha256: str = "") -> None:
         keys.append(key)
-        put(key, path)
+        put(key, path, sha256)
 
     monkeypatch.setattr(store, "put", noted)
     return keys
@@ -129,7 +129,7 @@ def test_keys_stay_inside_the_store(uri: str, key: str) -> None:
 
 
 def test_files_of_several_parts_travel_whole(uri: str, tmp_path: Path) -> None:
-    store, data = open_store(uri), os.urandom(11 * MIB + 5)
+    store, data = open_store(uri), os.urandom(35 * MIB + 5)
     (tmp_path / "big").write_bytes(data)
     store.put("big", tmp_path / "big")
     sha = store.sha256("big")
@@ -177,10 +177,10 @@ def test_a_broken_off_push_is_not_believed(uri: str, tmp_path: Path, monkeypatch
     make(tmp_path / "a", {name: data + b"!" for name, data in FILES.items()}, version=2)
     put = store.put
 
-    def fails(key: str, path: Path) -> None:
+    def fails(key: str, path: Path, sha256: str = "") -> None:
         if key.endswith("images.bin"):
             raise StoreError(f"{key}: as if the process had been killed")
-        put(key, path)
+        put(key, path, sha256)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "put", fails)
@@ -193,11 +193,18 @@ def test_a_broken_off_push_is_not_believed(uri: str, tmp_path: Path, monkeypatch
 
 
 def test_a_damaged_artifact_is_not_pushed(uri: str, tmp_path: Path) -> None:
-    make(tmp_path / "a", FILES)
-    (tmp_path / "a" / "images.bin").write_bytes(b"I" * 1000)
+    store = open_store(uri)
+    make(tmp_path / "a", FILES, version=1)
+    for damaged in (b"I" * 1000, b"i" * 999):
+        (tmp_path / "a" / "images.bin").write_bytes(damaged)
+        with pytest.raises(CorruptArtifact, match=r"images\.bin"):
+            store.push(tmp_path / "a", "x")
+        assert not {"x/images.bin", f"x/{MANIFEST}"} & {entry.key for entry in store.list()}
+    make(tmp_path / "b", FILES, version=2)
+    store.push(tmp_path / "b", "x")
     with pytest.raises(CorruptArtifact, match=r"images\.bin"):
-        open_store(uri).push(tmp_path / "a", "x")
-    assert open_store(uri).list() == []
+        store.push(tmp_path / "a", "x")
+    assert store.pull("x", tmp_path / "c").meta == {"version": 2}, "a whole artifact does not give way to a damaged one"
 
 
 FILE_DAMAGE, MANIFEST_DAMAGE = ("flipped", "truncated", "missing"), ("newer schema", "not JSON", "climbs out")
