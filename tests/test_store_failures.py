@@ -3,6 +3,7 @@
 The servers here are fakes that answer as they are told; real ones are in test_store.py.
 """
 
+import contextlib
 import http.server
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from _artifacts import FILES, child, make, raises_quickly
 from _servers import free_port
 
 from distillery.errors import DistilleryError, StoreError, UserError
-from distillery.store import _patience, check_access, open_store
+from distillery.store import _crew, _patience, check_access, open_store
 
 MIB = 1 << 20
 
@@ -257,3 +259,22 @@ def test_an_upload_the_server_forgot_starts_again(nobody: str, tmp_path: Path) -
         with scripted(nobody, [begun, part, part, first, absent, aborted, begun, part, part, done]) as asked:
             open_store("s3://bucket/x", patience=10).put("big", tmp_path / "big")
         assert asked == "POST PUT PUT POST HEAD DELETE POST PUT PUT POST".split()
+
+
+def test_a_failing_transfer_ends_the_waiting_of_its_own_pieces_only() -> None:
+    """Three pieces wait for a server: one of another transfer, one of the failing, one of a piece of the failing."""
+    with ThreadPoolExecutor(8) as pool:
+
+        def nested(_: int) -> bool:
+            with _crew.together(pool, _crew.pause, [60.0]) as inner:
+                return inner[0].result()
+
+        with _crew.together(pool, _crew.pause, [1.5]) as others:
+            start = time.monotonic()
+            with contextlib.suppress(StoreError), _crew.together(pool, nested, [0]) as outer:
+                time.sleep(0.2)
+                raise StoreError("as if another piece had failed")
+            assert time.monotonic() - start < 1.2
+            assert outer[0].result(), "the waiting was not cut short"
+            assert not others[0].done(), "another transfer was disturbed"
+            assert not others[0].result(), "another transfer was disturbed"

@@ -7,7 +7,7 @@ Settings come from the environment:
     AWS_REGION, AWS_DEFAULT_REGION          asked of the bucket when unset
     AWS_CA_BUNDLE                           PEM file for https with a private authority
     AWS_S3_ADDRESSING_STYLE                 auto | path | virtual; auto: virtual for Amazon, path for others
-    DISTILLERY_STORE_TIMEOUT                seconds to go on trying after the last sign of life, default 300, at most 840
+    DISTILLERY_STORE_TIMEOUT                seconds to try after the last sign of life, default 300, at most 840
 
 Without keys there, the minio client's other providers are tried: MINIO_ACCESS_KEY and MINIO_SECRET_KEY, the files
 ~/.aws/credentials and ~/.mc/config.json, then the roles of pods and machines (IAM).
@@ -367,8 +367,8 @@ class S3Store(Store):
             ) from error
         except Untrusted as error:
             raise UserError(
-                f"{where}: TLS failed: {error}; set AWS_CA_BUNDLE to the authority's PEM file, or http:// in "
-                "AWS_ENDPOINT_URL for a server without TLS"
+                f"{where}: TLS failed: {error}; set AWS_CA_BUNDLE to the authority's PEM file; AWS_ENDPOINT_URL "
+                "must have the name that the certificate is for, and http:// for a server without TLS"
             ) from error
         except S3Error as error:
             raise _explain(error, where) from error
