@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from _artifacts import FILES, child, make, raises_quickly
-from _servers import Server, available, running
+from _servers import Server, available
 
 from distillery import artifact
 from distillery.artifact import MANIFEST
@@ -25,20 +24,6 @@ from distillery.store import MissingKey, Store, _lease, _patience, check_access,
 
 MIB = 1 << 20
 FOREIGN = {"host": "elsewhere", "pid": 7, "since": "noon", "place": "another boot", "token": "t", "beats": 0}
-
-
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
-    """Servers by name, started at first use."""
-    found: dict[str, Server] = {}
-    with ExitStack() as stack:
-
-        def get(name: str) -> Server:
-            if name not in found:
-                found[name] = stack.enter_context(running(name, tmp_path_factory.mktemp(name)))
-            return found[name]
-
-        yield get
 
 
 @pytest.fixture(params=available())

@@ -14,16 +14,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import _servers
 import minio.time
 import pytest
 from _artifacts import make, raises_quickly
 from _faulty_proxy import Line, faulty
-from _servers import Server, available, minio_binary, running
+from _servers import Server, available, minio_binary
 from minio import Minio
 from minio.credentials import AssumeRoleProvider
 
@@ -35,20 +36,6 @@ from distillery.store import Store, _lease, _patience, check_access, open_store
 MIB = 1 << 20
 BIG = 35 * MIB + 5  # three parts
 needs_minio = pytest.mark.skipif(not minio_binary(), reason="needs the MinIO server: make minio")
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
-    """Servers by name, started at first use."""
-    found: dict[str, Server] = {}
-    with ExitStack() as stack:
-
-        def get(name: str) -> Server:
-            if name not in found:
-                found[name] = stack.enter_context(running(name, tmp_path_factory.mktemp(name)))
-            return found[name]
-
-        yield get
 
 
 @pytest.fixture(params=available())
@@ -320,11 +307,9 @@ def count_refusals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @contextmanager
 def variant(folder: Path, variables: dict[str, str], *arguments: str) -> Iterator[Server]:
     """A MinIO of its own with other settings."""
-    from _servers import minio as describe
-
     folder = folder / "minio"
     folder.mkdir()
-    server = describe(folder)
+    server = _servers.minio(folder)
     server.variables |= variables
     server.command += arguments
     try:
@@ -452,9 +437,7 @@ def test_a_full_disk_of_the_reader(server: Server, bucket: str, tmp_path: Path) 
 def test_a_full_disk_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = sample(tmp_path / "a", 60 * MIB)
     with small_disk(tmp_path / "minio" / "data", 48) as resize:
-        from _servers import minio as describe
-
-        server = describe(tmp_path / "minio")
+        server = _servers.minio(tmp_path / "minio")
         try:
             server.start()
             use(server, monkeypatch, DISTILLERY_STORE_TIMEOUT="3")
@@ -543,13 +526,10 @@ def pool(ca: Path) -> Any:
 @contextmanager
 def secure(folder: Path, variables: dict[str, str]) -> Iterator[Server]:
     """A MinIO that speaks TLS with the certificate in folder/certs."""
-    from _servers import minio as describe
-    from _servers import spawn
-
     (folder / "minio").mkdir()
-    server = describe(folder / "minio")
+    server = _servers.minio(folder / "minio")
     command = [*server.command, "--certs-dir", str(folder / "certs")]
-    server.process = spawn(command, server.variables | variables, server.log)
+    server.process = _servers.spawn(command, server.variables | variables, server.log)
     try:
         until = time.monotonic() + 60
         while True:

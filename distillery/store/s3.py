@@ -320,7 +320,7 @@ class S3Store(Store):
                 )
         except S3Error as error:
             if error.code == "PreconditionFailed" or (start and error.code == "InvalidRange"):
-                raise _Replaced from error
+                raise _Replaced(f"{key} is not {etag} any more") from error
             raise
         found, length = answer.headers.get("ETag", ""), int(answer.headers.get("Content-Length", -1))
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -332,7 +332,7 @@ class S3Store(Store):
             or (partial and start + length != min(stop or size, size))
         ):
             answer.close()
-            raise _Replaced
+            raise _Replaced(f"{key} is {found}, not {etag}, or not the bytes asked for")
         return _Range(answer, start, start + length, size, found)
 
     def _blocks(self, key: str, part: _Range) -> Iterator[bytes]:
@@ -344,7 +344,7 @@ class S3Store(Store):
                     at, heard = at + len(block), time.monotonic()
                     yield block
                     if _crew.abandoned():
-                        raise GaveUp("abandoned")
+                        raise GaveUp(f"{key} is not wanted any more")
                 return
             except HTTPError as error:
                 if at == part.stop:
