@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    # exit 1 when a part differs from its source (the tests ask this)
 
 A part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Results come from the committed result folders, options,
-recipes and costs from the methods themselves; nothing in a part is typed by hand.
+recipes and costs from the methods themselves, what pods ask for from the tables that ask for it; nothing in a part is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distillery import methods
+from distillery import estimate, methods
 from distillery.config import plain
 from distillery.data import DATASETS
 from distillery.methods import METHODS, Method
+from distillery.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "docs" / "results", ROOT / "docs" / "methods"
 HEAD = ("data set", "teacher", "IPC", "student", "recipe", "method", "last", "best", "seeds", "source")
 RANK = {"rded": 0, "median": 1, "random": 2}
 COSTS = ("cifar10", "imagenette")  # data sets of the cost columns, at IPC 10
+TFLOPS = 20.0  # that the sizing table assumes
 BY_HAND = ("First images", "Loss", "Made together")  # lines of a method's page that the comparison repeats
 Row = dict[str, str]
 Key = tuple[str, ...]
@@ -169,6 +172,39 @@ def cost(name: str, dataset: str) -> str:
     return f"{forwards:,.0f} + {backwards:,.0f}" if backwards else f"{forwards:,.0f}"
 
 
+def sizing() -> str:
+    """What the experiments of docs/sizing cost on the machine that the page assumes: the lines of `distillery plan`."""
+    plans, taught = {}, []
+    for path in sorted((ROOT / "docs" / "sizing").glob("*.yaml")):
+        lines = [line.strip() for line in estimate.table(str(path), TFLOPS).splitlines()]
+        taught.append(", ".join(line.removeprefix("teacher ") for line in lines if line.startswith("teacher ")))
+        plans[path.stem] = {line.split("-")[0]: re.split(r"\s{2,}", line)[1:] for line in lines}
+    found = [["teachers, once", *taught]]
+    for name in METHODS:
+        cells = [plan[name] for plan in plans.values()]
+        found.append([name, *(f"{made} + {trained}, {memory}" for made, trained, memory, *_ in cells)])
+    cells = [plan["random"] for plan in plans.values()]
+    found.append(["images, each method", *(images for *_, images, _ in cells)])
+    return markdown(["synthesize + student, memory", *plans], found)
+
+
+def profiles() -> str:
+    """What each part of a run asks for, by hardware profile."""
+    lines = [[f"`{name}`", *(str(ask) for ask in vars(row).values())] for name, row in PROFILES.items()]
+    return markdown(["profile", *next(iter(map(vars, PROFILES.values())))], lines)
+
+
+def constants() -> str:
+    """What each step's pod has whatever the profile."""
+    from pipelines.resources import HOURS, NEEDS
+
+    lines = []
+    for step, need in NEEDS.items():
+        own = f"cpu {need.cpu}, memory {need.memory}" if need.cpu else "the profile's"
+        lines.append([f"`{step}`", own, need.shm, need.scratch, f"{need.deadline / HOURS:g} h"])
+    return markdown(["step", "cpu, memory", "/dev/shm", "scratch", "deadline"], lines)
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rule = "|" + " --- |" * len(head)
@@ -195,6 +231,8 @@ def parts() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"results": results("docs/results/"), "methods": summary("docs/methods/")},
         RESULTS / "README.md": {"results": results("")},
         PAGES / "README.md": {"methods": comparison()},
+        ROOT / "docs" / "operations.md": {"sizing": sizing()},
+        ROOT / "docs" / "resources.md": {"profiles": profiles(), "constants": constants()},
     }
     for name, method in METHODS.items():
         own = {"options": options(method), "recipes": recipes(method), "measured": measured(name)}

@@ -5,7 +5,7 @@ from typing import Dict
 
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
-from components._step import facts, step
+from components._step import connect, facts, step
 
 
 def scores(folder: str) -> Dict[str, float]:
@@ -21,7 +21,7 @@ def scores(folder: str) -> Dict[str, float]:
     return {"failed": float(not found), **values}
 
 
-@functools.partial(step, additional_funcs=[facts, scores])
+@functools.partial(step, additional_funcs=[facts, connect, scores])
 def evaluate_student(
     cell: dict,
     data: Input[Dataset],
@@ -33,14 +33,12 @@ def evaluate_student(
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> None:
     """Train every student of the cell from scratch and test it. `attempt` changes nothing but KFP's cache key."""
-    import os
-
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     inputs = (data.path, teachers.path, synthetic.path, labels.path)
     result.metadata.update(facts(steps.evaluate_student(cell, *inputs, result.path, checkpoints)))
     metrics.metadata.update(scores(result.path))

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
-from components._step import facts, step
+from components._step import connect, facts, step
 
 
 @step
@@ -15,14 +15,14 @@ def gather_pieces(
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> None:
     """The same set that synthesize makes at once. `attempt` changes nothing but KFP's cache key."""
     import os
 
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     own = [entry.path for entry in os.scandir(os.path.join(pieces.path, cell["id"]))]
     found = steps.gather_pieces(cell, data.path, teachers.path, own, synthetic.path, checkpoints)
     synthetic.metadata.update(facts(found))

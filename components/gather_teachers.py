@@ -4,7 +4,7 @@ from typing import List
 
 from kfp.dsl import Dataset, Input, Model, Output
 
-from components._step import facts, step
+from components._step import connect, facts, step
 
 
 @step
@@ -15,13 +15,11 @@ def gather_teachers(
     teachers: Output[Model],
     checkpoints: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> None:
     """Put the teachers side by side, with the statistics of the data that methods ask for."""
-    import os
-
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     folders = {model.metadata["teacher"]: model.path for model in models}
     teachers.metadata.update(facts(steps.gather_teachers(experiment, data.path, folders, teachers.path, checkpoints)))

@@ -5,7 +5,7 @@ from typing import Dict, List
 
 from kfp.dsl import HTML, Artifact, Input, Markdown, Metrics, Output
 
-from components._step import step
+from components._step import connect, step
 
 
 def show(folder: str, page: str, table: str) -> Dict[str, float]:
@@ -21,7 +21,7 @@ def show(folder: str, page: str, table: str) -> Dict[str, float]:
     return numbers
 
 
-@functools.partial(step, additional_funcs=[show])
+@functools.partial(step, additional_funcs=[connect, show])
 def report(
     experiment: str,
     results: Input[List[Artifact]],
@@ -31,14 +31,12 @@ def report(
     metrics: Output[Metrics],
     code_version: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> List[str]:
     """Leaderboard, curves and image grids of the cells that worked; returns what failed, one line per cell."""
-    import os
-
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     failures = steps.report(experiment, [result.path for result in results], summary.path, code_version)
     metrics.metadata.update(show(summary.path, page.path, table.path))
     return failures

@@ -2,7 +2,7 @@
 
 from kfp.dsl import Dataset, Input, Model, Output
 
-from components._step import facts, step
+from components._step import connect, facts, step
 
 
 @step
@@ -14,12 +14,10 @@ def synthesize(
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> None:
     """A few images per class by the cell's method. `attempt` changes nothing but KFP's cache key."""
-    import os
-
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     synthetic.metadata.update(facts(steps.synthesize(cell, data.path, teachers.path, synthetic.path, checkpoints)))

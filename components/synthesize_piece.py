@@ -2,7 +2,7 @@
 
 from kfp.dsl import Artifact, Dataset, Input, Model, Output
 
-from components._step import facts, step
+from components._step import connect, facts, step
 
 
 @step
@@ -14,12 +14,10 @@ def synthesize_piece(
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
+    s3_region: str = "",
 ) -> None:
     """A part of the cell's images. `attempt` changes nothing but KFP's cache key."""
-    import os
-
     from distillery import steps
 
-    if s3_endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = s3_endpoint
+    connect(s3_endpoint, s3_region)
     made.metadata.update(facts(steps.synthesize_piece(piece, data.path, teachers.path, made.path, checkpoints)))

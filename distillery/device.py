@@ -7,7 +7,7 @@ import ctypes
 import functools
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype
+    asked: str = field(default="", compare=False)  # the device's name in the experiment
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Autocast to `dtype` for convolutions and matrix products; nothing in fp32."""
@@ -47,12 +48,13 @@ class Compute:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Compute:
+def choose(device: str = "auto", precision: str = "auto", *, working: bool = True) -> Compute:
     """Resolve device and precision.
 
     Args:
         device: auto (CUDA when present), cpu or cuda.
         precision: auto (bf16 on CUDA, fp32 on CPU), fp32 or bf16.
+        working: whether anything will be computed; if not, CUDA may be named where there is none.
 
     Raises:
         UserError: unknown name, or CUDA asked for and absent. It never falls back silently.
@@ -61,20 +63,23 @@ def choose(device: str = "auto", precision: str = "auto") -> Compute:
         raise UserError(f"device: {device!r} is not one of {choices(DEVICES)}")
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is not one of {choices(PRECISIONS)}")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and working and not torch.cuda.is_available():
         raise UserError(
-            f"device: 'cuda' was asked for, but this torch ({torch.__version__}) sees no CUDA device; request a GPU "
-            "for this step, check the driver with nvidia-smi, or set device: auto to accept the CPU"
+            "device: 'cuda' was asked for (by the experiment, or because the pod asks for a GPU), but this torch "
+            f"({torch.__version__}) sees no CUDA device; check the driver with nvidia-smi and that the image has a "
+            "torch for it, request a GPU for this step, or accept the CPU: device: cpu, and on a cluster profile cpu"
         )
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cpu":
         _keep_freed_memory()
     wanted = ("bf16" if kind == "cuda" else "fp32") if precision == "auto" else precision
-    return Compute(torch.device(kind), torch.bfloat16 if wanted == "bf16" else torch.float32)
+    return Compute(torch.device(kind), torch.bfloat16 if wanted == "bf16" else torch.float32, device)
 
 
 def hardware(compute: Compute) -> str:
-    """One line that says what the work ran on."""
+    """One line that says what the work ran on; where CUDA is only named, its name."""
+    if compute.device.type == "cuda" and not torch.cuda.is_available():
+        return f"cuda, {compute.precision}"
     if compute.device.type == "cuda":
         return f"{torch.cuda.get_device_name(compute.device)}, {compute.precision}"
     return f"{_cpu_name()}, {torch.get_num_threads()} threads, {compute.precision}"

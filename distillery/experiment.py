@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import yaml
 
-from distillery import console, methods, nets, recipes
+from distillery import console, methods, nets, profiles, recipes
 from distillery.code_version import code_version as current_code
 from distillery.config import (
+    MAX_TEXT,
     Cell,
     DatasetConfig,
     Experiment,
@@ -29,11 +30,11 @@ from distillery.config import (
 )
 from distillery.data import DATASETS, prepare
 from distillery.errors import StoreError, UserError, choices, nearest
+from distillery.profiles import Wish
+from distillery.store import MissingKey, check_uri, open_store
 
 MAX_CELLS_BYTES = 100_000  # what KFP passes between steps without trouble
 _KEEP = object()
-# What a cell's pods request, by hardware profile: cpu, memory, gpus (strings, as KFP wants them).
-PROFILES = {"cpu": ("2", "8Gi", "0"), "gpu": ("8", "32Gi", "1")}
 
 
 def shipped() -> dict[str, Path]:
@@ -55,17 +56,25 @@ def read(source: str) -> tuple[str, str]:
     if "\n" in source or source.lstrip().startswith(("{", "name:")):
         return source, "experiment"
     if source.startswith(("file://", "s3://")):
-        from distillery.store import MissingKey, open_store
-
         folder, _, name = source.rpartition("/")
         try:
-            return open_store(folder).read(name).decode(), source
+            store = open_store(folder)
+            found = next((entry.bytes for entry in store.list(name) if entry.key == name), 0)
+            if found > MAX_TEXT:
+                raise UserError(f"experiment {source}: {found} bytes, more than an experiment can have ({MAX_TEXT})")
+            return store.read(name).decode(), source
         except (MissingKey, UnicodeDecodeError) as error:
             raise UserError(f"experiment {source}: not readable ({error}); give the URI of a YAML file") from error
     known = shipped()
     path = known.get(source, Path(source))
     try:
+        if path.is_file() and path.stat().st_size > MAX_TEXT:
+            raise UserError(
+                f"experiment {source}: {path.stat().st_size} bytes, more than an experiment can have ({MAX_TEXT})"
+            )
         return path.read_text(encoding="utf-8"), str(source)
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"experiment {source!r}: no such file ({error}){nearest(source, known)}; give a path, a file:// or "
@@ -121,8 +130,12 @@ def load(source: str) -> Experiment:
     text, where = read(source)
     experiment = parse(Experiment, read_yaml(text, where), where)
     _known("dataset.name", experiment.dataset.name, DATASETS)
-    _known("profile", experiment.profile, PROFILES)
+    _known("profile", experiment.profile, profiles.PROFILES)
     _check_teachers(experiment)
+    for key, uri in (("dataset.root", experiment.dataset.root), ("dataset.store", experiment.dataset.store)):
+        _at(key, check_uri, uri)
+    for one in (experiment.teacher, *experiment.teachers):
+        _at("teacher.weights", check_uri, one.weights if one else "")
     for index, student in enumerate(experiment.students):
         _at(f"students[{index}].net", nets.check_net, student.net, dict(student.net_options))
     for index, choice in enumerate(experiment.methods):
@@ -201,13 +214,13 @@ def statistics_of(experiment: Experiment) -> dict[str, list[str]]:
     return {"teachers": [t.name for t in experiment.every_teacher if t.name in names], "kinds": sorted(kinds)}
 
 
-def check(source: str, code: str = "") -> list[Cell]:
+def check(source: str, code: str = "", wish: Wish | None = None) -> list[Cell]:
     """Everything that can be checked before anything is started, and the cells.
 
     Raises:
         UserError: as `load` and `cells`.
     """
-    return cells(load(source), code)
+    return cells(load(source), code, wish)
 
 
 def reduced(
@@ -224,7 +237,7 @@ def reduced(
     """
     found: dict[str, Any] = {"name": "upstream", "dataset": plain(experiment.dataset)}
     if teachers:
-        found |= {"device": experiment.device, "precision": experiment.precision}
+        found |= {"device": experiment.device, "precision": experiment.precision, "profile": experiment.profile}
         found["teachers"] = [plain(teacher) for teacher in teachers]
     asked = [{"method": c.method, "ipc": [1], "teachers": teachers_of(experiment, c)} for c in asking]
     found["methods"] = asked or [{"method": "random", "ipc": [1]}]
@@ -242,8 +255,13 @@ def classes_of(dataset: DatasetConfig) -> int:
     return len(prepare.class_names(dataset))
 
 
-def cells(experiment: Experiment, code: str = "") -> list[Cell]:
+def cells(experiment: Experiment, code: str = "", wish: Wish | None = None) -> list[Cell]:
     """Every (method, ipc, seed) with its students' recipes resolved: self-contained and in a stable order.
+
+    Args:
+        experiment: as `load` gives it.
+        code: code version to stamp on the cells; "" = this package's.
+        wish: what was said about pods; None where the steps run on this machine.
 
     Raises:
         UserError: impossible values, cells that are written twice, or too many cells for one run.
@@ -258,6 +276,7 @@ def cells(experiment: Experiment, code: str = "") -> list[Cell]:
             students = _students(experiment, classes, ipc, size)
             for seed in choice.seeds:
                 cell = _cell(experiment, choice, ipc, seed, options, students, code)
+                cell = profiles.placed(experiment, cell, wish)
                 if cell.id in found:
                     raise UserError(f"methods[{index}]: the cell {cell.id} is asked for twice; keep one")
                 found[cell.id] = cell
@@ -302,8 +321,6 @@ def _cell(
     teachers, usual = (teachers_of(experiment, c) for c in (choice, choice.model_copy(update={"teachers": ()})))
     changed |= {"teachers": teachers} if teachers != usual else {}
     mark = "-" + hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6] if changed else ""
-    needs_gpu = experiment.device == "cuda" or experiment.profile != "cpu"
-    cpu, memory, gpus = PROFILES[experiment.profile]
     return Cell(
         id=f"{choice.method}-ipc{ipc}-seed{seed}{mark}",
         name=experiment.name,
@@ -320,9 +337,6 @@ def _cell(
         precision=experiment.precision,
         code_version=code,
         stop_on_failure=experiment.stop_on_failure,
-        cpu=cpu,
-        memory=memory,
-        gpus=gpus if needs_gpu else "0",
     )
 
 

@@ -23,14 +23,15 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, sharding, statistics
+from distillery import artifact, console, evaluate, experiment, labels, methods, profiles, sharding, statistics
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
+from distillery.checkpoints import Checkpoints
 from distillery.code_version import code_version
 from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
@@ -40,44 +41,62 @@ from distillery.errors import DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
+from distillery.profiles import Wish
+from distillery.store import check_access
 
 Folder = str | Path
 
 
-def plan(source: str, code: str = "") -> list[dict[str, Any]]:
+def plan(
+    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = ""
+) -> list[dict[str, Any]]:
     """The cells of an experiment, as JSON-able dicts.
 
     Args:
         source: see `experiment.read`.
         code: code version to stamp on the cells; default is this package's.
+        pods: what was said about pods, see `profiles.Wish`; None where the steps run on this machine.
+        checkpoints: the URI that later steps get; it and the data set's own store are tried before anything is spent.
 
     Raises:
-        UserError: anything wrong with the experiment.
+        UserError: anything wrong with the experiment or with what was said about pods, or a store that may not be
+            written.
+        StoreError: a store that does not answer.
     """
-    return [plain(cell) for cell in experiment.check(source, code)]
+    cells = experiment.check(source, code, None if pods is None else Wish(**pods))
+    for place in {checkpoints, experiment.load(source).dataset.store} - {""}:
+        check_access(place)
+    return [plain(cell) for cell in cells]
 
 
-def plan_teachers(source: str, code: str = "") -> list[dict[str, Any]]:
-    """The teachers of an experiment, as JSON-able dicts: `teacher`, the name, and `experiment`.
+def plan_teachers(source: str, code: str = "", pods: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The teachers of an experiment, as JSON-able dicts: `teacher`, the name, `experiment`, and what its pod asks for.
 
     `experiment` is all that this teacher depends on, as the text of an experiment; `train_teacher` takes both.
 
     Raises:
-        UserError: anything wrong with the experiment.
+        UserError: anything wrong with the experiment, or with what was said about pods.
     """
     wanted = experiment.load(source)
-    return [
-        {"teacher": one.name, "experiment": experiment.reduced(wanted, code, (one,))} for one in wanted.every_teacher
-    ]
+    own = asdict(profiles.of_teachers(wanted, Wish(**(pods or {}))))
+    texts = {one.name: experiment.reduced(wanted, code, (one,)) for one in wanted.every_teacher}
+    return [{"teacher": name, "experiment": text} | own for name, text in texts.items()]
 
 
-def upstream(source: str, code: str = "") -> dict[str, str]:
-    """Texts of smaller experiments, by step: all that `prepare_data` and `gather_teachers` depend on."""
-    wanted = experiment.load(source)
+def upstream(source: str, code: str = "", pods: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """What `prepare_data` and `gather_teachers` depend on and ask for, by step: `experiment`, `cpu`, `memory`, `gpus`.
+
+    `experiment` is the text of a smaller experiment; with `pods` it names the device that the teachers' pods have.
+    """
+    wanted, wish = experiment.load(source), Wish(**(pods or {}))
     asking = [choice for choice in wanted.methods if methods.find(choice.method).NEEDS.statistics]
+    data, teachers = profiles.of_data(wanted, wish), profiles.of_teachers(wanted, wish, working=bool(asking))
+    if pods is not None:
+        wanted = profiles.for_teachers(wanted, wish)
+    gathering = experiment.reduced(wanted, code, wanted.every_teacher, asking)
     return {
-        "prepare_data": experiment.reduced(wanted, code),
-        "gather_teachers": experiment.reduced(wanted, code, wanted.every_teacher, asking),
+        "prepare_data": {"experiment": experiment.reduced(wanted, code)} | asdict(data),
+        "gather_teachers": {"experiment": gathering} | asdict(teachers),
     }
 
 
@@ -89,7 +108,7 @@ def dataset_spec(source: str) -> Spec:
     return Spec("prepare_data", "dataset", {"dataset": config}, {}, ("data.prepare",), places=places)
 
 
-def prepare_data(source: str, out: Folder, checkpoints: str = "") -> Manifest:
+def prepare_data(source: str, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Real images -> `dataset` artifact: uint8 shards up to 64 px, original photo bytes in tar shards above."""
     step = Execution(dataset_spec(source), Path(out), checkpoints)
     with step.running() as work:
@@ -122,7 +141,7 @@ def teacher_spec(source: str, name: str, data: Folder) -> Spec:
     return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
 
 
-def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Dataset -> `teacher` artifact: trained or given weights; raises when they do not pass the accuracy gate."""
     step = Execution(teacher_spec(source, name, data), Path(out), checkpoints)
     wanted = experiment.teacher_named(experiment.load(source), name)
@@ -149,7 +168,7 @@ def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folde
         )
         if found["teacher"] != meant:
             raise UserError(f"{folder}: holds another teacher than the experiment's {name!r}; give its own folder")
-    compute = choose(wanted.device, wanted.precision)
+    compute = choose(wanted.device if asked["kinds"] else "cpu", wanted.precision)
     config: dict[str, Any] = {"teachers": names} | ({"statistics": asked} | _said(compute) if asked["kinds"] else {})
     inputs = {"data": Path(data)} | {f"teacher-{name}": Path(teacher_folders[name]) for name in names}
     modules = ("teacher", "statistics") if asked["kinds"] else ("teacher",)
@@ -157,7 +176,7 @@ def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folde
 
 
 def gather_teachers(
-    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: str = ""
+    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """All teachers, by name -> `teachers` artifact: a folder for each, with the statistics that methods ask for."""
     step = Execution(teachers_spec(source, data, teacher_folders), Path(out), checkpoints)
@@ -177,10 +196,10 @@ def gather_teachers(
     return step.manifest
 
 
-def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
-    """What `synthesize` will make."""
+def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder, *, working: bool = True) -> Spec:
+    """What `synthesize` will make; who only puts it together (`working` False) needs no GPU for it."""
     this = parse(Cell, cell, "cell")
-    compute = choose(this.device, this.precision)
+    compute = _compute("synthesize", this, working)
     config = {"method": this.method, "ipc": this.ipc, "seed": this.seed, "options": this.options} | _said(compute)
     code = (methods.module_name(this.method), "teacher", "data.synthetic")
     inputs = {"data": Path(data)} | _own(this, teachers)
@@ -189,7 +208,9 @@ def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder) -> Spec
     return Spec("synthesize", "synthetic", config, inputs, code, compute, this)
 
 
-def synthesize(cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def synthesize(
+    cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
+) -> Manifest:
     """Dataset and teachers -> `synthetic` artifact: IPC images per class by the cell's method."""
     this = parse(Cell, cell, "cell")
     step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints)
@@ -210,16 +231,17 @@ def plan_pieces(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [piece for cell in cells for piece in pieces(cell)]
 
 
-def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder) -> Spec:
+def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder, *, working: bool = True) -> Spec:
     """What `synthesize_piece` will make: as `synthetic_spec`, and which piece of which cell."""
     this = parse(Piece, piece, "piece")
-    whole = synthetic_spec({name: piece[name] for name in Cell.model_fields}, data, teachers)
+    cell = {name: piece[name] for name in Cell.model_fields}
+    whole = synthetic_spec(cell, data, teachers, working=working)
     config = whole.config | {"cell": this.id, "shard": this.shard, "shards": this.shards}
     return replace(whole, name="synthesize_piece", kind="piece", config=config)
 
 
 def synthesize_piece(
-    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Dataset and teachers -> `piece` artifact: one shard of a cell's images."""
     this = parse(Piece, piece, "piece")
@@ -246,16 +268,17 @@ def gather_pieces(
     teachers: Folder,
     piece_folders: Sequence[Folder],
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """All pieces of a cell -> `synthetic` artifact: the one that `synthesize` makes, to the byte."""
     this, parts = parse(Cell, cell, "cell"), [Path(folder) for folder in piece_folders]
-    step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints, parts)
+    step = Execution(synthetic_spec(cell, data, teachers, working=False), Path(out), checkpoints, parts)
     with step.running() as work:
         if work:
             images = real.load(Path(data))
             shards = methods.cut(this.method, _groups(this, images), this.shards)
-            order = sharding.order(parts, [piece_spec(piece, data, teachers) for piece in pieces(cell)])
+            wanted = [piece_spec(piece, data, teachers, working=False) for piece in pieces(cell)]
+            order = sharding.order(parts, wanted)
             places = [place for shard in order for place in methods.in_order(shards[shard])]
             found = synthetic.join([synthetic.load(part) for part in parts], places)
             _keep_set(step, this, images, found)
@@ -265,14 +288,14 @@ def gather_pieces(
 def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teachers: Folder) -> Spec:
     """What `relabel` will make."""
     this = parse(Cell, cell, "cell")
-    compute = choose(this.device, this.precision)
+    compute = _compute("relabel", this)
     config = {"labels": plain(this.labels), "seed": this.seed, "recipes": [plain(s.recipe) for s in this.students]}
     inputs = {"synthetic": Path(synthetic_in)} | _own(this, teachers)
     return Spec("relabel", "labels", config | _said(compute), inputs, ("labels", "teacher"), compute, this)
 
 
 def relabel(
-    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Synthetic images and teachers -> `labels` artifact: soft labels of every view, or a reference to their maker."""
     this = parse(Cell, cell, "cell")
@@ -296,7 +319,7 @@ def result_spec(cell: dict[str, Any], data: Folder, teachers: Folder, synthetic_
     """What `evaluate_student` will make."""
     this = parse(Cell, cell, "cell")
     folders = {"data": data, "synthetic": synthetic_in, "labels": labels_in}
-    compute = choose(this.device, this.precision)
+    compute = _compute("evaluate_student", this)
     config: dict[str, Any] = {
         "cell": this.id,
         "name": this.name,
@@ -316,7 +339,7 @@ def evaluate_student(
     synthetic_in: Folder,
     labels_in: Folder,
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """Everything of a cell -> `result` artifact: accuracy last and best of each student trained from scratch."""
     this = parse(Cell, cell, "cell")
@@ -405,6 +428,11 @@ def _keep_set(step: Execution, this: Cell, images: real.Real, found: Synthetic) 
 def _own(this: Cell, teachers: Folder) -> dict[str, Path]:
     """The cell's own teachers as inputs: what else was gathered changes nothing for it."""
     return {f"teacher-{place}": Path(teachers) / name for place, name in enumerate(this.teachers)}
+
+
+def _compute(step: str, this: Cell, working: bool = True) -> Compute:
+    """Where a step of a cell computes: on the CPU if there is little to compute, so that its pod needs no GPU."""
+    return choose(this.device if profiles.computes(step, this) else "cpu", this.precision, working=working)
 
 
 def _said(compute: Compute) -> dict[str, str]:

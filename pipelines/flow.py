@@ -19,44 +19,45 @@ def teacher(
     tolerations: list,
     node_selector: dict,
     s3_secret: str,
+    s3_ca: str,
     s3_endpoint: str,
+    s3_region: str,
     checkpoints: str,
     data: dsl.Input[dsl.Dataset],
 ) -> dsl.Model:
     """One teacher: an inner pipeline, because only its parameters can carry resources into a loop."""
-    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret)
-    task = train_teacher(wanted=wanted, data=data, s3_endpoint=s3_endpoint, checkpoints=checkpoints)
-    return fit(task, pods, cpu, memory, gpus).outputs["teacher"]
+    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
+    store = {"s3_endpoint": s3_endpoint, "s3_region": s3_region, "checkpoints": checkpoints}
+    return fit(train_teacher(wanted=wanted, data=data, **store), pods, cpu, memory, gpus).outputs["teacher"]
 
 
 def before_cells(
-    experiment: Any,
-    pods: Pods,
-    code: Dict[str, Any],
-    store: Dict[str, Any],
-    for_data: Dict[str, Any],
-    own: Dict[str, Any],
+    experiment: Any, pods: Pods, code: Dict[str, Any], store: Dict[str, Any], asked: Dict[str, Any]
 ) -> Tuple[Any, Any, Any]:
     """Plan, data and teachers.
 
     Args:
         experiment: the pipeline's parameter.
         pods: what all pods have in common.
-        code, store: code version and endpoint; endpoint and checkpoints.
-        for_data, own: cpu and memory of the data's pod; cpu, memory and gpus of each teacher's.
+        code: code version, and where the store is.
+        store: where the store is, and checkpoints.
+        asked: profile, and what was given by hand for data_, teacher_ and cell_.
 
     Returns:
         The cells, the data, and the teachers side by side.
     """
-    planned = fit(plan(experiment=experiment, **code), pods)
-    data = fit(prepare_data(experiment=planned.outputs["upstream"], **store), pods, **for_data).outputs["data"]
+    planned = fit(plan(experiment=experiment, checkpoints=store["checkpoints"], **asked, **code), pods)
+    said, cells = planned.outputs, planned.outputs["Output"]
+    made = prepare_data(experiment=said["upstream"], **store)
+    data = fit(made, pods, said["prepare_cpu"], said["prepare_memory"]).outputs["data"]
+    own = {name: value for name, value in asked.items() if name.startswith("teacher_")}
     version = {"code_version": code["code_version"]}
-    wanted = fit(plan_teachers(experiment=planned.outputs["gathering"], **version), pods)
+    wanted = fit(plan_teachers(experiment=said["gathering"], **own, **version), pods)
     with dsl.ParallelFor(wanted.output, parallelism=CELLS_AT_ONCE) as t:
-        one = teacher(wanted=t, data=data, **own, **vars(pods), **store)
-    models, text = dsl.Collected(one.output), planned.outputs["gathering"]
-    teachers = fit(gather_teachers(experiment=text, data=data, models=models, **store), pods, **own)
-    return planned.outputs["Output"], data, teachers.outputs["teachers"]
+        one = teacher(wanted=t, data=data, cpu=t.cpu, memory=t.memory, gpus=t.gpus, **vars(pods), **store)
+    gathered = gather_teachers(experiment=said["gathering"], data=data, models=dsl.Collected(one.output), **store)
+    teachers = fit(gathered, pods, said["gather_cpu"], said["gather_memory"], said["gather_gpus"])
+    return cells, data, teachers.outputs["teachers"]
 
 
 def after_cells(experiment: Any, results: Any, pods: Pods, code: Dict[str, Any]) -> None:

@@ -14,39 +14,48 @@ from pipelines.resources import Pods, fit
 @dsl.pipeline(name="piece")
 def piece(
     piece: dict,
-    cpu: str,
-    memory: str,
-    gpus: str,
+    synthesize_cpu: str,
+    synthesize_memory: str,
+    synthesize_gpus: str,
     image: str,
     gpu_type: str,
     tolerations: list,
     node_selector: dict,
     s3_secret: str,
+    s3_ca: str,
     s3_endpoint: str,
+    s3_region: str,
     checkpoints: str,
     attempt: str,
     data: Input[Dataset],
     teachers: Input[Model],
 ) -> Artifact:
     """One shard of a cell's images."""
-    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret)
-    known = {"attempt": attempt, "s3_endpoint": s3_endpoint, "checkpoints": checkpoints}
+    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
+    known = {"s3_endpoint": s3_endpoint, "s3_region": s3_region, "checkpoints": checkpoints, "attempt": attempt}
     task = synthesize_piece(piece=piece, data=data, teachers=teachers, **known)
-    return fit(task, pods, cpu, memory, gpus).outputs["made"]
+    return fit(task, pods, synthesize_cpu, synthesize_memory, synthesize_gpus).outputs["made"]
 
 
 @dsl.pipeline(name="sharded-cell")
 def sharded_cell(
     cell: dict,
-    cpu: str,
-    memory: str,
-    gpus: str,
+    gather_pieces_cpu: str,
+    gather_pieces_memory: str,
+    relabel_cpu: str,
+    relabel_memory: str,
+    relabel_gpus: str,
+    evaluate_student_cpu: str,
+    evaluate_student_memory: str,
+    evaluate_student_gpus: str,
     image: str,
     gpu_type: str,
     tolerations: list,
     node_selector: dict,
     s3_secret: str,
+    s3_ca: str,
     s3_endpoint: str,
+    s3_region: str,
     checkpoints: str,
     attempt: str,
     data: Input[Dataset],
@@ -54,8 +63,10 @@ def sharded_cell(
     pieces: Input[Artifact],
 ) -> Artifact:
     """gather_pieces -> relabel -> evaluate_student."""
-    own, pods = (cpu, memory, gpus), Pods(image, gpu_type, tolerations, node_selector, s3_secret)
-    known = {"cell": cell, "teachers": teachers, "attempt": attempt}
-    known |= {"s3_endpoint": s3_endpoint, "checkpoints": checkpoints}
-    made = fit(gather_pieces(data=data, pieces=pieces, **known), pods, *own).outputs["synthetic"]
-    return judge(made, data, known, pods, own)
+    pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
+    store = {"s3_endpoint": s3_endpoint, "s3_region": s3_region, "checkpoints": checkpoints}
+    known = {"cell": cell, "teachers": teachers, "attempt": attempt, **store}
+    made = fit(gather_pieces(data=data, pieces=pieces, **known), pods, gather_pieces_cpu, gather_pieces_memory)
+    labelling = (relabel_cpu, relabel_memory, relabel_gpus)
+    judging = (evaluate_student_cpu, evaluate_student_memory, evaluate_student_gpus)
+    return judge(made.outputs["synthetic"], data, known, pods, labelling, judging)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from _servers import Server
 
 # Before anything reads it, and for child processes too: a developer's keys and settings never reach a test.
-SCRUBBED = ("AWS_", "DISTILLERY_", "MINIO_", "KFP_", "_KFP_")
+SCRUBBED = ("AWS_", "DISTILLERY_", "MINIO_", "KFP_", "_KFP_", "KF_PIPELINES_")
 for _name in [name for name in os.environ if name.startswith(SCRUBBED) and name != "DISTILLERY_MINIO"]:
     del os.environ[_name]
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull

@@ -13,10 +13,9 @@ import pytest
 from kfp import dsl
 
 import components
-import distillery
-from components._step import facts
+from components._step import connect, facts
 from components.evaluate_student import scores
-from distillery import artifact, experiment, methods
+from distillery import artifact, experiment, methods, profiles
 from distillery.config import Cell, parse
 from distillery.errors import DistilleryError, UserError
 
@@ -43,10 +42,13 @@ def body(name: str) -> list[ast.stmt]:
     return function.body[1:] if ast.get_docstring(function) else function.body
 
 
+PLANNED = ("upstream", "gathering", "prepare_cpu", "prepare_memory", "gather_cpu", "gather_memory", "gather_gpus")
+
+
 def planned(tmp_path: Path, text: str, **more: str) -> tuple[list[dict[str, Any]], str, str]:
     """The cells, and the texts that `plan` gives for data and teachers."""
     tmp_path.mkdir(exist_ok=True)
-    cells = components.plan.python_func(text, str(tmp_path / "upstream"), str(tmp_path / "gathering"), **more)
+    cells = components.plan.python_func(text, *(str(tmp_path / name) for name in PLANNED), **more)
     return cells, (tmp_path / "upstream").read_text(), (tmp_path / "gathering").read_text()
 
 
@@ -54,10 +56,6 @@ def test_they_stand_in_flow_order() -> None:
     before = ["plan", "prepare_data", "plan_teachers", "train_teacher", "gather_teachers"]
     pieces = ["plan_pieces", "synthesize_piece", "bundle_pieces", "gather_pieces"]
     assert [*before, "synthesize", *pieces, "relabel", "evaluate_student", "report", "verdict"] == ALL
-
-
-def test_image_is_tagged_with_the_version() -> None:
-    assert components.IMAGE.rpartition(":")[2] == distillery.__version__
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -153,6 +151,37 @@ def test_endpoint_parameter_reaches_the_store(tmp_path: Path, monkeypatch: pytes
     assert os.environ["AWS_ENDPOINT_URL"] == "http://set.before:1", "an empty parameter leaves the environment alone"
     planned(tmp_path, EXPERIMENT, s3_endpoint="http://store.example:9000")
     assert os.environ["AWS_ENDPOINT_URL"] == "http://store.example:9000"
+
+
+def test_region_and_authority_reach_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "from-the-secret")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "")  # so that what the calls set is undone
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    monkeypatch.setenv("DISTILLERY_S3_CA", str(tmp_path / "ca.crt"))
+    connect("", "")
+    assert os.environ["AWS_REGION"] == "from-the-secret"
+    assert "AWS_CA_BUNDLE" not in os.environ, "the secret is missing, so the usual authorities count"
+    (tmp_path / "ca.crt").write_text("")
+    connect("", "eu-west-1")
+    assert os.environ["AWS_REGION"] == "eu-west-1"
+    assert os.environ["AWS_CA_BUNDLE"] == str(tmp_path / "ca.crt")
+
+
+def test_plan_says_what_the_pods_outside_of_loops_ask_for(tmp_path: Path) -> None:
+    planned(tmp_path, EXPERIMENT.replace("device: cpu", ""), profile="a100", data_cpu="7")
+    said = {name: (tmp_path / name).read_text() for name in PLANNED[2:]}
+    light, data = profiles.PROFILES["a100"].light, profiles.PROFILES["a100"].data
+    assert said == {
+        "prepare_cpu": "7",
+        "prepare_memory": data.memory,
+        "gather_cpu": light.cpu,
+        "gather_memory": light.memory,
+        "gather_gpus": "",
+    }
+    (teacher,) = components.plan_teachers.python_func((tmp_path / "gathering").read_text(), teacher_memory="9Gi")
+    heavy = profiles.PROFILES["a100"].teachers
+    assert (teacher["cpu"], teacher["memory"], teacher["gpus"]) == (heavy.cpu, "9Gi", heavy.gpus)
+    assert experiment.load(teacher["experiment"]).device == "cuda", "the pod has a GPU, so the step must find it"
 
 
 def test_faulty_experiment_stops_in_plan(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def by_hand(folder: Path) -> dict[str, Path]:
     """The components' Python functions, called one after the other as anybody could."""
     at = {step: folder / step for step in MADE}
     folder.mkdir()
-    (cell,) = components.plan.python_func(EXPERIMENT, str(folder / "upstream"), str(folder / "gathering"))
+    names = ("upstream", "gathering", "prepare_cpu", "prepare_memory", "gather_cpu", "gather_memory", "gather_gpus")
+    (cell,) = components.plan.python_func(EXPERIMENT, *(str(folder / name) for name in names))
     gathering = (folder / "gathering").read_text()
     (wanted,) = components.plan_teachers.python_func(gathering)
     data, teacher = dsl.Dataset(uri=str(at["prepare_data"])), dsl.Model(uri=str(at["train_teacher"]))

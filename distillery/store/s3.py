@@ -26,6 +26,7 @@ import configparser
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,7 @@ from urllib3.exceptions import HTTPError
 from distillery.errors import CorruptArtifact, DistilleryError, StoreError, UserError, choices, nearest
 from distillery.files import disk, remember, replacing, sha256_of
 from distillery.store import _crew
-from distillery.store._base import HOLD, Entry, MissingKey, Store, check_key, join
+from distillery.store._base import HOLD, Entry, MissingKey, Store, check_key, hidden, join
 from distillery.store._lease import Seen, lease
 from distillery.store._patience import FIRST_PAUSE, GaveUp, PatientPool, Untrusted, heard_at
 
@@ -103,6 +104,18 @@ ADVICE: tuple[tuple[set[str], type[DistilleryError], str], ...] = (
 )
 
 
+class _Unsigned(logging.Filter):
+    """Addresses without what stands behind `?`: a presigned one is a credential, and debug logs are read by many."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(hidden(arg) if isinstance(arg, str) and "?" in arg else arg for arg in record.args)
+        return True
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(_Unsigned())
+
+
 class S3Store(Store):
     """Keys are object names below `s3://bucket/prefix`."""
 
@@ -138,6 +151,22 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         with contextlib.suppress(MissingKey), self._errors(key):
             self._client.remove_object(self._bucket, self._name(key))
+
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        if not nbytes:
+            return b""
+        with self._errors(key):
+            try:
+                data = self._restarting(
+                    key, lambda: b"".join(self._blocks(key, self._open(key, start, start + nbytes)))
+                )
+            except S3Error as error:
+                if error.code != "InvalidRange":
+                    raise
+                data = b""
+        if len(data) != nbytes:
+            raise StoreError(f"{self.uri}/{key} ends before byte {start + nbytes}; it was cut or replaced")
+        return data
 
     def list(self, prefix: str = "") -> list[Entry]:
         root = join(self._prefix, "")
@@ -319,7 +348,7 @@ class S3Store(Store):
                     self._bucket, self._name(key), start, stop - start if stop else 0, request_headers=condition
                 )
         except S3Error as error:
-            if error.code == "PreconditionFailed" or (start and error.code == "InvalidRange"):
+            if error.code == "PreconditionFailed" or (etag and error.code == "InvalidRange"):
                 raise _Replaced(f"{key} is not {etag} any more") from error
             raise
         found, length = answer.headers.get("ETag", ""), int(answer.headers.get("Content-Length", -1))
@@ -440,8 +469,11 @@ def _explain(error: S3Error, where: str) -> DistilleryError:
 
 def _connect(endpoint: str, http: PatientPool) -> Minio:
     parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-        raise UserError(f"AWS_ENDPOINT_URL is {endpoint!r}; write http://host:port or https://host:port, no path")
+    wrong = parts.username is not None or bool(parts.query) or bool(parts.path.strip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname or wrong:
+        raise UserError(
+            f"AWS_ENDPOINT_URL is {hidden(endpoint)!r}; write http://host:port or https://host:port, no path"
+        )
     style = os.environ.get("AWS_S3_ADDRESSING_STYLE") or "auto"
     if style not in STYLES:
         raise UserError(f"AWS_S3_ADDRESSING_STYLE is {style!r}; allowed: {choices(STYLES)}{nearest(style, STYLES)}")
