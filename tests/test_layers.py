@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
     {"checkpoints", "execution", "experiment", "profiles", "sharding"},
     {"steps"},
-    {"estimate", "inspection", "run"},
+    {"estimate", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
