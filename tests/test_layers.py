@@ -27,9 +27,9 @@ LAYERS = (
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
-    {"execution", "experiment", "profiles", "sharding"},
+    {"checkpoints", "execution", "experiment", "profiles", "sharding"},
     {"steps"},
-    {"estimate", "export", "inspection", "run"},
+    {"estimate", "export", "inspection", "probe", "run"},
     {"distilled"},
     {"__main__"},
 )
