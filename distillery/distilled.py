@@ -87,6 +87,8 @@ class DistilledSet(Dataset[tuple[Any, Tensor]]):
             self.facts: dict[str, Any] = json.loads((folder / export.FACTS).read_text(encoding="utf-8"))
             self.classes: list[str] = self.facts["classes"]
             self.recipe = parse(Recipe, self.facts["recipe"], export.FACTS) if self.facts["student"] else None
+            if not views.NAMES.issuperset(self.facts["recorded"]):
+                raise ValueError(f"recorded {self.facts['recorded']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptArtifact(f"{folder / export.FACTS}: not readable ({error}); export the set again") from error
         self.mean, self.std = self.facts["mean"], self.facts["std"]

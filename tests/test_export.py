@@ -28,6 +28,7 @@ from distillery.config import parse
 from distillery.data import synthetic
 from distillery.data.batches import Batches
 from distillery.device import choose
+from distillery.distilled import DistilledSet
 from distillery.errors import CorruptArtifact, StoreError, UserError
 from distillery.export import Wanted, card, formats, views
 
@@ -112,6 +113,11 @@ def test_the_recipes_here_use_every_recorded_array(made: Path, tmp_path: Path) -
         found |= set(files)
     named = set(re.findall(r"(\w+\.npy)", views.__doc__ or ""))
     assert found == named - {"places.npy"}
+    assert {f"{name}.npy" for name in views.NAMES} == named
+    facts = json.loads((tmp_path / "0" / "set.json").read_text())
+    (tmp_path / "0" / "set.json").write_text(json.dumps(facts | {"recorded": ["../../secret"]}))
+    with pytest.raises(CorruptArtifact, match="secret"):
+        DistilledSet(tmp_path / "0")
 
 
 def test_stored_labels_are_taken_over_as_they_are(stored: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import ast
 import graphlib
 import itertools
 import re
+import subprocess
 import sys
 import tomllib
 from collections import defaultdict
@@ -37,6 +38,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Where numbers that describe images of a dataset or of a published checkpoint may stand.
 NORMALISATION_HOMES = {"distillery/data/__init__.py", "distillery/nets/pretrained.py"}
+FACADE = "distillery/__init__.py"
 RAISED_WITHOUT_MESSAGE = {"StopIteration", "KeyboardInterrupt", "SystemExit", "Exit", "Abort"}
 
 
@@ -75,6 +77,8 @@ def part(name: str) -> str:
 
 def upward(path: str, source: str) -> list[str]:
     """Imports of a library file that point to a higher layer."""
+    if path == FACADE:
+        return []  # `distillery.load` is imported when somebody asks for it
     own = RANK.get(part(module_of(path)), -1)
     names = {part(name) for name in imports(source) if is_in(name, "distillery")}
     return [f"{path} imports {name}" for name in sorted(names & set(RANK)) if RANK[name] > own]
@@ -145,6 +149,11 @@ def test_every_module_has_a_layer() -> None:
 def test_imports_go_one_way() -> None:
     offences = [line for path, source in files("distillery").items() for line in upward(path, source)]
     assert not offences, offences
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    asked = "import sys, distillery; assert 'torch' not in sys.modules; distillery.load"
+    subprocess.run([sys.executable, "-c", asked], check=True, cwd=ROOT)
 
 
 def test_no_import_cycles() -> None:

@@ -40,6 +40,10 @@ from distillery.files import disk
 from distillery.teacher import Frozen
 
 FOLDER, HEADER = "views", 128
+NAMES = {"order", "box", "shift", "flip", "partner", "mix_box", "own", "strips", "ops", "dsa_u", "dsa_group"} | {
+    "logits",
+    "places",
+}
 Arrays = dict[str, np.ndarray[Any, Any]]
 Log = Callable[[int, int], None]
 
