@@ -32,6 +32,7 @@ HEAD = ("data set", "teacher", "IPC", "student", "recipe", "method", "last", "be
 RANK = {"rded": 0, "median": 1, "random": 2}
 COSTS = ("cifar10", "imagenette")  # data sets of the cost columns, at IPC 10
 TFLOPS = 20.0  # that the sizing table assumes
+USES = ("architectures", "continual", "sharing")  # cases of benchmarks/use_cases.py
 BY_HAND = ("First images", "Loss", "Made together")  # lines of a method's page that the comparison repeats
 Row = dict[str, str]
 Key = tuple[str, ...]
@@ -205,6 +206,13 @@ def constants() -> str:
     return markdown(["step", "cpu, memory", "/dev/shm", "scratch", "deadline"], lines)
 
 
+def use_case(name: str) -> str:
+    """What the newest result folder of a use case reports, and where it is."""
+    path = sorted(RESULTS.glob(f"*_use_case_{name}/report.md"))[-1]
+    said = path.read_text().split("\n\n", 2)[2].strip()
+    return f"{said}\n\nFrom [results/{path.parent.name}](results/{path.parent.name})."
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rule = "|" + " --- |" * len(head)
@@ -233,6 +241,7 @@ def parts() -> dict[Path, dict[str, str]]:
         PAGES / "README.md": {"methods": comparison()},
         ROOT / "docs" / "operations.md": {"sizing": sizing()},
         ROOT / "docs" / "resources.md": {"profiles": profiles(), "constants": constants()},
+        ROOT / "docs" / "use_cases.md": {name: use_case(name) for name in USES},
     }
     for name, method in METHODS.items():
         own = {"options": options(method), "recipes": recipes(method), "measured": measured(name)}

@@ -415,6 +415,15 @@ def test_no_run_a_failed_cell_and_damage_are_said(made: Path, tmp_path: Path) ->
     assert not (tmp_path / "set").exists()
 
 
+def test_a_file_for_each_of_too_many_images_is_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "MAX_FILES", export.OTHERS + 19)  # the cell has 20 images
+    with pytest.raises(UserError, match="would write 20 files"):
+        export.export(str(made), str(tmp_path / "set"), Wanted("imagefolder", CELL))
+    export.export(str(made), str(tmp_path / "set"), Wanted("webdataset", CELL))
+
+
 def test_class_names_never_leave_the_folder(made: Path, tmp_path: Path) -> None:
     found = export.source.find(str(made), CELL)
     shutil.copytree(found.images, tmp_path / "hostile" / "x")

@@ -48,6 +48,7 @@ from distillery.train import lr_factor
 KIND, FACTS, SCHEMA = "set", "set.json", 1
 LATEST = "latest.json"
 AT_ONCE = 256  # images that the teacher looks at together
+OTHERS = 100  # files of a set beside those of its images, at most
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,11 @@ def make(source_uri: str, wanted: Wanted, folder: Path) -> Manifest:
     origin = source.find(source_uri, wanted.cell, data=wanted.with_test)
     artifact.begin(folder)
     images, made = synthetic.load(origin.images), artifact.read(origin.images, "synthetic")
+    if wanted.format in ("imagefolder", "huggingface") and len(images.labels) > artifact.MAX_FILES - OTHERS:
+        raise UserError(
+            f"--format {wanted.format} would write {len(images.labels)} files, and a set has at most "
+            f"{artifact.MAX_FILES}; take webdataset or folder"
+        )
     with torch.no_grad(), disk(folder):
         parts = _Parts(origin, made, images, wanted)
         soft, facts = parts.soft(), parts.facts()
