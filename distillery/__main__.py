@@ -122,6 +122,10 @@ CELL = typer.Option(help="Which cell of a run, or the beginning of its name.")
 STUDENT = typer.Option(min=0, help="Which student of the cell has its views recorded, from 0.")
 VIEWS = typer.Option("--views/--no-views", help="Record every view of the student with its soft label.")
 TEST = typer.Option("--with-test", help="Add the validation images, as test.npz.")
+BESIDE = typer.Option(
+    metavar="KIND=URI",
+    help="For an artifact of a cluster's run: result=, labels=, teachers=, data= of the same cell; repeatable.",
+)
 Set = Annotated[str, typer.Argument(metavar="SOURCE", help="A run, or a synthetic artifact: folder or URI.")]
 
 
@@ -134,12 +138,13 @@ def export(
     student: Annotated[int, STUDENT] = 0,
     with_views: Annotated[bool, VIEWS] = True,
     with_test: Annotated[bool, TEST] = False,
+    beside: Annotated[list[str] | None, BESIDE] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an exported set that is there.")] = False,
 ) -> None:
     """Write a distilled set for others: images, soft labels, recorded views and a card."""
     from distillery import export as exporting
 
-    wanted = exporting.Wanted(form, cell, student, with_views, with_test)
+    wanted = exporting.Wanted(form, cell, student, with_views, with_test, exporting.source.beside(beside or []))
     manifest = exporting.export(source, out, wanted, overwrite=overwrite)
     typer.echo(f"{out}: {_size(manifest)}, fingerprint {manifest.fingerprint[:16]}")
 
@@ -154,11 +159,12 @@ def publish(
     student: Annotated[int, STUDENT] = 0,
     with_views: Annotated[bool, VIEWS] = True,
     with_test: Annotated[bool, TEST] = False,
+    beside: Annotated[list[str] | None, BESIDE] = None,
 ) -> None:
     """Export a distilled set as a new version, which never changes again; latest.json then points to it."""
     from distillery import export as exporting
 
-    wanted = exporting.Wanted(form, cell, student, with_views, with_test)
+    wanted = exporting.Wanted(form, cell, student, with_views, with_test, exporting.source.beside(beside or []))
     name, manifest = exporting.publish(source, to, wanted, version=version)
     typer.echo(f"{to.rstrip('/')}/{name}: {_size(manifest)}, fingerprint {manifest.fingerprint[:16]}")
 

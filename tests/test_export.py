@@ -342,6 +342,31 @@ def test_a_synthetic_artifact_knows_its_run_and_alone_it_says_what_is_missing(ma
         export.export(str(tmp_path / "elsewhere" / "x"), str(tmp_path / "test"), Wanted(with_test=True))
 
 
+def test_single_artifacts_of_a_cluster_give_the_same_set(made: Path, stored: Path, tmp_path: Path) -> None:
+    whole = export.export(str(made), str(tmp_path / "run"), Wanted(cell=CELL, with_test=True))
+    places = {"result": "5-students/random-ipc2-seed1", "labels": "4-labels/random-ipc2-seed1"}
+    places |= {"synthetic": "3-synthetic/random-ipc2-seed1", "teachers": "2-teachers/all", "data": "1-data/digits"}
+    for kind, place in places.items():  # as Kubeflow keeps them: each in a folder of its own
+        shutil.copytree(next(made.glob(f"{place}-*")), tmp_path / kind / "x")
+    at = {kind: str(tmp_path / kind / "x") for kind in places}
+    given = [f"{kind}={at[kind]}" for kind in ("result", "labels", "teachers", "data")]
+    asked = ["export", at["synthetic"], "--out", str(tmp_path / "set"), "--with-test"]
+    asked += [part for each in given for part in ("--beside", each)]
+    done = CliRunner().invoke(__main__.app, asked, catch_exceptions=False)
+    assert done.exit_code == 0
+    files, wanted = artifact.read(tmp_path / "set").files, whole.files
+    assert {name for name in wanted if files[name] != wanted[name]} == {"README.md"}  # no other cells to compare with
+    for bad, said in (
+        (["result=" + at["labels"]], "'labels' artifact"),
+        (["result=" + str(next(stored.glob("5-students/random-ipc2-seed0*")))], "other images"),
+        ([given[0], "labels=" + str(next(made.glob("4-labels/random-ipc2-seed0*")))], "not what the result"),
+        ([given[0], "teachers=" + str(next(made.glob("2-teachers/convnet2-*")))], "'teacher' artifact"),
+        (["results=x"], "did you mean 'result'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export.export(at["synthetic"], str(tmp_path / "bad"), Wanted(beside=export.source.beside(bad)))
+
+
 def test_what_is_there_stays_unless_it_is_an_export_and_overwrite_was_said(made: Path, tmp_path: Path) -> None:
     place, wanted = tmp_path / "set", Wanted(cell=CELL)
     first = export.export(str(made), str(place), wanted)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose, hardware
 from distillery.errors import CorruptArtifact, UserError
 from distillery.export import card, formats, source, views
-from distillery.export.source import Origin
+from distillery.export.source import Beside, Origin
 from distillery.files import cache_root, disk, write_atomic
 from distillery.labels import entries
 from distillery.preview import write_preview
@@ -61,6 +61,7 @@ class Wanted:
         student: which of the cell's students, from 0, has its views recorded.
         with_views: record the views and their soft labels.
         with_test: add the validation images.
+        beside: where the cell's other artifacts are, see `source.Beside`.
     """
 
     format: str = "folder"
@@ -68,6 +69,7 @@ class Wanted:
     student: int = 0
     with_views: bool = True
     with_test: bool = False
+    beside: Beside = field(default_factory=Beside)
 
 
 def export(source_uri: str, out: str, wanted: Wanted = Wanted(), *, overwrite: bool = False) -> Manifest:
@@ -160,7 +162,7 @@ def latest(store: Store) -> dict[str, Any] | None:
 def make(source_uri: str, wanted: Wanted, folder: Path) -> Manifest:
     """Write a whole set into an empty folder on this machine."""
     layout, began = formats.find(wanted.format), time.monotonic()
-    origin = source.find(source_uri, wanted.cell, data=wanted.with_test)
+    origin = source.find(source_uri, wanted.cell, data=wanted.with_test, beside=wanted.beside)
     artifact.begin(folder)
     images, made = synthetic.load(origin.images), artifact.read(origin.images, "synthetic")
     if wanted.format in ("imagefolder", "huggingface") and len(images.labels) > artifact.MAX_FILES - OTHERS:
@@ -250,6 +252,8 @@ class _Parts:
     def record(self, folder: Path) -> list[str]:
         """Write the views of the chosen student; the names of the arrays."""
         if self.student is None or not self.wanted.with_views or self.origin.labels is None or self.norm is None:
+            return []
+        if self.teacher is None and entries(self.origin.labels)[self.wanted.student]["mode"] == "on_the_fly":
             return []
         recipe, seed, index = self.student.recipe, int(self.made.config["seed"]), self.wanted.student
         batches = Batches(self.images.images_u8, self.images.labels, recipe, seed, self.norm, self.compute)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,24 +44,51 @@ class Origin:
     beside: tuple[tuple[Manifest, Result], ...] = ()
 
 
-def find(source: str, cell: str = "", *, data: bool = False) -> Origin:
+@dataclass(frozen=True)
+class Beside:
+    """URIs of the artifacts that belong to a synthetic one outside of a run's folder, as Kubeflow keeps them."""
+
+    result: str = ""
+    labels: str = ""
+    teachers: str = ""
+    data: str = ""
+
+
+def beside(given: Sequence[str]) -> Beside:
+    """`Beside` from KIND=URI as people write them.
+
+    Raises:
+        UserError: another kind, or no URI.
+    """
+    pairs = [each.partition("=") for each in given]
+    known = [field.name for field in fields(Beside)]
+    for kind, _, uri in pairs:
+        if kind not in known or not uri:
+            raise UserError(
+                f"--beside {kind}={uri}: give KIND=URI with a KIND of {choices(known)}{nearest(kind, known)}"
+            )
+    return Beside(**{kind: uri for kind, _, uri in pairs})
+
+
+def find(source: str, cell: str = "", *, data: bool = False, beside: Beside = Beside()) -> Origin:
     """The cell that a user means.
 
     Args:
         source: a run's folder, a synthetic artifact in one, or one alone; or a URI of these.
         cell: id of a cell, or the beginning of just one; may be empty where there is one only.
         data: whether the real images are wanted too.
+        beside: where the other artifacts of the cell are, if `source` is a synthetic artifact outside of a run.
 
     Raises:
         UserError: nothing to export there, no such cell, several without `cell`, or a cell that failed.
         CorruptArtifact: an artifact that is needed is missing, unfinished or damaged.
     """
     store = open_store(source)
-    if store.exists(RUN):
+    if store.exists(RUN) or (not store.exists(MANIFEST) and store.list("3-synthetic/")):
+        if beside != Beside():
+            raise UserError(f"{source} is a run, which has its artifacts in it; leave out {beside}")
         return _Run(store).origin(cell, data)
     if not store.exists(MANIFEST):
-        if store.list("3-synthetic/"):
-            return _Run(store).origin(cell, data)
         raise UserError(
             f"{source}: neither a run nor a finished artifact; give the --out of `distillery run`, or a synthetic "
             "artifact out of its 3-synthetic"
@@ -75,6 +102,8 @@ def find(source: str, cell: str = "", *, data: bool = False) -> Origin:
         )
     if cell:
         raise UserError(f"--cell {cell!r} belongs to a run, but {source} is a single artifact; leave it out")
+    if beside.result:
+        return _together(_local(store, "", found, source), found, beside, data)
     above = open_store(source.rstrip("/").rsplit("/", 2)[0]) if source.rstrip("/").count("/") > 1 else None
     if above is not None and above.exists(RUN):
         return _Run(above).around(found, data)
@@ -166,6 +195,48 @@ class _Run:
                     yield place, artifact.parse(self.store.read(entry.key), f"{self.store.uri}/{entry.key}")
                 except CorruptArtifact:
                     continue
+
+
+def _together(images: Path, made: Manifest, beside: Beside, data: bool) -> Origin:
+    """A cell out of single artifacts, each held against what the result says it was made of."""
+    place, manifest = _artifact(beside.result, "result")
+    if manifest.inputs.get("synthetic") != made.fingerprint:
+        raise UserError(f"--result {beside.result}: belongs to other images than {images}; give the cell's own result")
+    found: dict[str, Path] = {}
+    for name, kind in (("labels", "labels"), ("data", "dataset")):
+        if uri := getattr(beside, name):
+            found[name], other = _artifact(uri, kind)
+            if other.fingerprint != manifest.inputs[name]:
+                raise UserError(f"--{name} {uri}: not what the result was made with; give the cell's own")
+    if data and "data" not in found:
+        raise UserError("--with-test needs the real images: give their artifact with --data")
+    teachers: list[Path] = []
+    if beside.teachers:
+        folder, _ = _artifact(beside.teachers, "teachers")
+        known = {
+            artifact.read(each.parent, verify=False).fingerprint: each.parent for each in folder.glob("*/manifest.json")
+        }
+        wanted = sorted(
+            (name for name in manifest.inputs if name.startswith("teacher-")), key=lambda name: int(name[8:])
+        )
+        if missing := [name for name in wanted if manifest.inputs[name] not in known]:
+            raise UserError(
+                f"--teachers {beside.teachers}: has not {choices(missing)} of the result; give its own run's"
+            )
+        teachers = [known[manifest.inputs[name]] for name in wanted]
+    result = json.loads((place / "result.json").read_text())
+    name = str(manifest.config["name"])
+    return Origin(images, found.get("labels"), tuple(teachers), found.get("data"), (manifest, result), name)
+
+
+def _artifact(uri: str, kind: str) -> tuple[Path, Manifest]:
+    store = open_store(uri)
+    if not store.exists(MANIFEST):
+        raise UserError(f"{uri}: no finished artifact there; give the {kind} artifact of the same run")
+    manifest = artifact.parse(store.read(MANIFEST), f"{store.uri}/{MANIFEST}")
+    if manifest.kind != kind:
+        raise UserError(f"{uri}: holds a {manifest.kind!r} artifact, and a {kind!r} one is needed")
+    return _local(store, "", manifest, uri), manifest
 
 
 def _local(store: Store, place: str, manifest: Manifest, where: str) -> Path:
