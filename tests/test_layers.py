@@ -27,7 +27,7 @@ LAYERS = (
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
-    {"execution", "experiment", "profiles", "sharding"},
+    {"compare", "execution", "experiment", "history", "profiles", "sharding"},
     {"steps"},
     {"estimate", "inspection", "run"},
     {"__main__"},
