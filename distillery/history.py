@@ -184,7 +184,7 @@ def of(
     named = _entries(outcomes)
     made = [_cell(outcome, cells, named, _images(folder)) for outcome, folder in zip(outcomes, folders, strict=True)]
     rows = [(row.cell, row.teacher_acc) for outcome in outcomes for row in outcome.rows if row.teacher_acc is not None]
-    taught = {(_teacher(cells, cell), round(accuracy / 100, 8)) for cell, accuracy in rows}
+    taught = {(_teacher(cells, cell), round(accuracy / 100, 8)) for cell, accuracy in rows if math.isfinite(accuracy)}
     return Record(
         run=identifier(run) or _derived(wanted.name, folders),
         experiment=wanted.name,
