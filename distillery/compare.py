@@ -86,7 +86,7 @@ def compare(records: Sequence[Record]) -> dict[str, Any]:
     if not 2 <= len(records) <= len(LETTERS):
         raise UserError(f"{len(records)} runs: give 2 to {len(LETTERS)}")
     first, *others = records
-    groups = entries(records)
+    groups = entries(records, loosely=True)
     results = [_result(key, [own.get(key) for own in groups]) for key in sorted({key for own in groups for key in own})]
     tests = sum(each is not None and each["p"] is not None for result in results for each in result["against_first"])
     names = ("run", "experiment", "finished", "status", "code_version", "hardware", "seconds", "previous", "schedule")
