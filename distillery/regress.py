@@ -103,7 +103,7 @@ def judge(before: Record, now: Record) -> list[Regression]:
     """Everything in which a run is worse than the one before it, heaviest kind first."""
     besides = differing(before, now)
     found = [*_accuracy(before, now), *_images(before, now), *_slower(before, now)]
-    said = f"; different besides: {', '.join(besides)}" if besides else "; nothing else is known to differ"
+    said = f" (different besides: {', '.join(besides)})" if besides else " (nothing else is known to differ)"
     return [Regression(r.kind, r.entry, r.text + said, round(r.before, 6), round(r.after, 6)) for r in found]
 
 

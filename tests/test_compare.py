@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distillery import compare, history
+from distillery.__main__ import main
 from distillery.errors import CorruptArtifact, UserError
 from distillery.history import Record
 from distillery.regress import entries, judge, largest_drop, welch
@@ -73,11 +73,11 @@ def test_texts_say_how_it_is_known_and_what_else_differs() -> None:
     (found,) = judge(*runs((0.50, 0.51, 0.52), (0.40, 0.41, 0.42), code_version="0.1.0+b"))
     assert found.text.startswith("rded, IPC 10, convnet1, fair-soft, digits: 51.00 -> 41.00 %, 10.00 points lower")
     assert "(Welch's p " in found.text
-    assert found.text.endswith("; different besides: code version")
+    assert found.text.endswith(" (different besides: code version)")
     assert (found.before, found.after) == (0.51, 0.41)
     (alone,) = judge(*runs((0.50,), (0.40,)))
     assert "(one seed, so anything above 2 points counts; 1 and 1 seeds)" in alone.text
-    assert alone.text.endswith("; nothing else is known to differ")
+    assert alone.text.endswith(" (nothing else is known to differ)")
 
 
 @pytest.mark.parametrize(
@@ -265,11 +265,16 @@ def test_the_list_shows_state_best_and_what_got_worse(tmp_path: Path) -> None:
     assert told["unreadable"] == 1
 
 
-def test_the_commands_print_and_tell_mistakes_by_their_status(kept: Path) -> None:
+def test_the_commands_print_and_tell_mistakes_by_their_status(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def said(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "distillery", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=kept, check=False)
-        return done.returncode, done.stdout + done.stderr
+        monkeypatch.setattr(sys, "argv", ["distillery", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    monkeypatch.chdir(kept)
 
     status, text = said("compare", "run", "kfp")
     assert (status, "Configuration: the same" in text) == (0, True), text
