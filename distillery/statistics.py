@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from distillery.config import ViewPolicy
 from distillery.data import TENSOR_SIDE, augment
+from distillery.data.images import batches
 from distillery.data.real import Real
 from distillery.errors import NonFiniteLoss, UserError, choices
 from distillery.rng import generator
@@ -65,16 +66,16 @@ def collect(
     """
     assert set(kinds) <= set(KINDS), f"unknown kinds in {kinds}; known: {choices(KINDS)}"
     _check(members, real)
-    images_u8, labels = real.pixels("train")
+    images_u8, labels = real.images("train")
     of_classes = [_ClassNorms(member, len(real.classes)) for member in members if "class_bn" in kinds]
     of_views = [_Convs(member, len(labels)) for member in members if "conv" in kinds]
     order = torch.arange(len(labels))
     if of_views:
-        order = torch.randperm(len(labels), generator=generator(seed, "statistics", "order"))
+        order = real.order("train", generator(seed, "statistics", "order"))
     policy, device = view_policy(real), members[0].compute.device
     done = 0
-    for number, index in enumerate(order.split(BATCH)):
-        batch_u8, owners = images_u8[index].to(device), labels[index].to(device)
+    for number, (index, batch_u8) in enumerate(batches(images_u8, order.split(BATCH))):
+        batch_u8, owners = batch_u8.to(device), labels[index].to(device)
         for norms in of_classes:
             norms.add(batch_u8, owners)
         if of_views:

@@ -23,6 +23,7 @@ from distillery import nets
 from distillery.config import Recipe, plain
 from distillery.data.augment import evaluation_view
 from distillery.data.batches import Batch, Batches, Norm
+from distillery.data.images import Images, near
 from distillery.device import Compute
 from distillery.labels import Source
 from distillery.rng import derived_seed, seeded
@@ -65,7 +66,7 @@ def train(
     synthetic: Synthetic,
     labels_source: Source,
     teacher: Frozen,
-    real_val: tuple[Tensor, Tensor],
+    real_val: tuple[Images, Tensor],
     *,
     seed: int,
     compute: Compute,
@@ -79,10 +80,11 @@ def train(
         synthetic: images_u8 [N, 3, S, S], labels [N], and weights [N] where images count differently.
         labels_source: soft labels (see `labels.open_source`); not asked under hard labels.
         teacher: gives the normalisation.
-        real_val: images_u8 [M, 3, R, R] and labels [M] of the validation split.
+        real_val: images_u8 [M, 3, R, R] and labels [M] of the validation split (`Real.images`).
         seed: of weights, order and views.
         compute: device and precision.
         track: progress and checkpoints; a training that continues ends as if it had never stopped (bit for bit on CPU).
+            The caller clears the checkpoint once the outcome is kept.
 
     Raises:
         NonFiniteLoss: the training diverged.
@@ -105,7 +107,6 @@ def train(
             track.log(run.done, run.total, epoch=epoch, accuracy=round(acc, 4))
         if track.due() and run.done < run.total:
             run.save()
-    track.clear()
     last, best = run.curve[-1][1], max(run.full, key=lambda point: (point[1], -point[0]))
     views = recipe.epochs * len(synthetic.labels)
     return Outcome(last, best[1], int(best[0]), run.curve, per_class, views)
@@ -167,17 +168,17 @@ def _draws(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
 
 
-def _near(real_val: tuple[Tensor, Tensor], compute: Compute) -> tuple[Tensor, Tensor]:
+def _near(real_val: tuple[Images, Tensor], compute: Compute) -> tuple[Images, Tensor]:
     """Validation images on a GPU when they fit; otherwise batches are sent there one by one."""
     images_u8, labels = real_val
-    return (compute.images(images_u8) if images_u8.nbytes <= ON_DEVICE else images_u8), labels
+    return (near(images_u8, compute) if images_u8.nbytes <= ON_DEVICE else images_u8), labels
 
 
 @dataclass(frozen=True)
 class _Exam:
     """The validation split and how it is seen."""
 
-    images_u8: Tensor
+    images_u8: Images
     labels: Tensor
     size: int
     norm: Norm
@@ -186,8 +187,8 @@ class _Exam:
     def grade(self, net: nn.Module, full: bool) -> tuple[float, list[float]]:
         """Accuracy and accuracy per class, on everything or on an even sample (the split is sorted by class)."""
         every = 1 if full else -(-len(self.labels) // SAMPLE)
-        images_u8, labels = self.images_u8[::every], self.labels[::every]
-        return accuracy(net, images_u8, labels, lambda x: evaluation_view(x, self.size, *self.norm), self.compute)
+        view = functools.partial(evaluation_view, size=self.size, mean=self.norm[0], std=self.norm[1])
+        return accuracy(net, self.images_u8, self.labels, view, self.compute, every=every)
 
 
 @dataclass

@@ -6,7 +6,7 @@ Legend: B batch, N images, C classes, S side.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from torch.nn import functional
 from distillery import nets
 from distillery.config import TeacherConfig, ViewPolicy, plain, short
 from distillery.data import augment
+from distillery.data.images import batches, near
 from distillery.data.real import Real
 from distillery.device import Compute
 from distillery.errors import CorruptArtifact, GateError, UserError, choices
@@ -133,7 +134,7 @@ def make(cfg: TeacherConfig, real: Real, compute: Compute, track: Track) -> tupl
         curve: list[list[float]] = []
     else:
         net, curve = _train(compute.place(net), cfg, real, compute, track)
-    images_u8, labels = real.pixels("val")
+    images_u8, labels = real.images("val")
     last, per_class = accuracy(
         net, images_u8, labels, lambda x: augment.evaluation_view(x, real.size, mean, std), compute
     )
@@ -292,11 +293,11 @@ def _initial(cfg: TeacherConfig, real: Real) -> nn.Module:
 def _train(
     net: nn.Module, cfg: TeacherConfig, real: Real, compute: Compute, track: Track
 ) -> tuple[nn.Module, list[list[float]]]:
-    """Train on images that stay on the device as uint8; every view is drawn and applied there in batches."""
+    """Train on images that stay on the device as uint8, or are read as they come; views are drawn and applied there."""
     mean, std = tuple(cfg.mean) or real.mean, tuple(cfg.std) or real.std
-    images_u8, labels = real.pixels("train")
-    images_u8, labels = compute.images(images_u8), labels.to(compute.device)
-    val_u8, val_labels = real.pixels("val")
+    every_u8, labels = real.images("train")
+    every_u8, labels = near(every_u8, compute), labels.to(compute.device)
+    val_u8, val_labels = real.images("val")
     policy, batch = view_policy(cfg, real), min(cfg.batch, len(labels))
     optimizer = build_optimizer(
         net.parameters(), cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, nesterov=True
@@ -307,22 +308,19 @@ def _train(
     if (kept := track.load()) is not None:
         unpack(kept[0], net, optimizer)
         start, curve, loss_sum = kept[1]["step"], kept[1]["curve"], kept[0]["loss_sum"].to(compute.device)
-    for step in range(start, total):
+    feed = batches(every_u8, _parts(cfg, real, start, per_epoch, batch))
+    for step, (index, batch_u8) in zip(range(start, total), feed, strict=True):
         epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == start:
-            order = torch.randperm(len(labels), generator=generator(cfg.seed, "teacher order", epoch)).to(
-                compute.device
-            )
-        index = order[place * batch : (place + 1) * batch]
+        images_u8, owners = batch_u8.to(compute.device), labels[index.to(compute.device)]
         stream = generator(cfg.seed, "teacher views", epoch, place)
         views = augment.draw(policy, batch, real.size, stream, source=images_u8.shape[2])
-        x_norm = augment.apply(policy, images_u8[index], views, mean, std)
+        x_norm = augment.apply(policy, images_u8, views, mean, std)
         lr = cfg.lr * shape(step, total, cfg.warmup)
         set_lr(optimizer, lr)
         net.train()
         with compute.autocast():
             logits = net(x_norm.contiguous(memory_format=torch.channels_last))
-        loss = functional.cross_entropy(logits.float(), labels[index], label_smoothing=cfg.label_smoothing)
+        loss = functional.cross_entropy(logits.float(), owners, label_smoothing=cfg.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -344,6 +342,13 @@ def _train(
             track.save(pack(net, optimizer) | {"loss_sum": loss_sum}, {"step": step + 1, "curve": curve})
     track.save(pack(net, optimizer) | {"loss_sum": loss_sum}, {"step": total, "curve": curve})  # the step clears it
     return net, curve
+
+
+def _parts(cfg: TeacherConfig, real: Real, start: int, per_epoch: int, batch: int) -> Iterator[torch.Tensor]:
+    """The images of every step from `start` on, [B] each; an epoch's order depends on nothing but its number."""
+    for epoch in range(start // per_epoch, cfg.epochs):
+        order = real.order("train", generator(cfg.seed, "teacher order", epoch))[: per_epoch * batch]
+        yield from order.split(batch)[start - epoch * per_epoch if epoch * per_epoch < start else 0 :]
 
 
 def _rows(cfg: TeacherConfig, real: Real) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distillery.config import Recipe
+from distillery.data.images import Images
 from distillery.device import Compute
 
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -129,26 +130,33 @@ def batches(n: int, size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def accuracy(
-    net: nn.Module, images_u8: torch.Tensor, labels: torch.Tensor, view: View, compute: Compute, batch: int = 500
+    net: nn.Module,
+    images_u8: Images,
+    labels: torch.Tensor,
+    view: View,
+    compute: Compute,
+    batch: int = 500,
+    every: int = 1,
 ) -> tuple[float, list[float]]:
     """Top-1 accuracy in eval mode.
 
     Args:
         net: any classifier.
-        images_u8: [N, 3, S, S] on any device.
+        images_u8: [N, 3, S, S] on any device, or decoded when they are looked at.
         labels: [N] class indices.
         view: uint8 batch -> normalised batch.
         compute: where and how precisely.
         batch: images per forward.
+        every: look at every so-manyth image only.
 
     Returns:
         The fraction that is right, and the same per class in class order (NaN-free: an absent class counts 0).
     """
     was_training = net.training
     net.eval()
-    right = []
+    labels, right = labels[::every], []
     for part in batches(len(labels), batch):
-        x_norm = view(compute.images(images_u8[part]))
+        x_norm = view(compute.images(images_u8[part.start * every : part.stop * every : every]))
         with compute.autocast():
             logits = net(x_norm)
         right.append(logits.float().argmax(1).cpu() == labels[part].cpu())

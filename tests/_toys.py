@@ -95,6 +95,15 @@ class ToySplit:
         """Images per class."""
         return [len(own) for own in self.photos]
 
+    @property
+    def runs(self) -> list[int]:
+        """No blocks."""
+        return []
+
+    def images(self) -> Tensor:
+        """As `pixels`."""
+        return self.pixels()[0]
+
     def pixels(self) -> tuple[Tensor, Tensor]:
         """All photos, resized and cropped to `side`."""
         every = [functional.resize(photo, [self.side], antialias=True) for own in self.photos for photo in own]

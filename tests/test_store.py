@@ -104,6 +104,12 @@ def test_objects_are_written_read_listed_and_deleted(uri: str) -> None:
     assert store.list("nothing/here") == []
     assert store.read("a/one") == b"new"
     assert (store.exists("ab"), store.exists("a"), store.exists("x")) == (True, False, False)
+    assert (store.read_part("a/one", 0, 3), store.read_part("a/one", 1, 2)) == (b"new", b"ew")
+    for start in (1, 3, 9):
+        with pytest.raises(StoreError, match="a/one"):
+            store.read_part("a/one", start, 3)
+    with pytest.raises(MissingKey, match="a/none"):
+        store.read_part("a/none", 0, 1)
     store.delete("a/one")
     store.delete("a/one")
     with pytest.raises(MissingKey, match="a/one"):

@@ -21,15 +21,18 @@ def cores() -> int:
     return min(16, len(os.sched_getaffinity(0)))
 
 
-def ordered(work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0) -> Generator[Result]:
-    """`map(work, items)` in threads: results in the order of the items, at most 4 items per worker in flight."""
+def ordered(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int = 0, ahead: int = 0
+) -> Generator[Result]:
+    """`map(work, items)` in threads: results in the order of the items, `ahead` items in flight (4 per worker if 0)."""
     workers = workers or cores()
+    ahead = ahead or WAITING * workers
     flying: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
     try:
         for item in items:
             flying.append(pool.submit(work, item))
-            if len(flying) >= WAITING * workers:
+            if len(flying) >= ahead:
                 yield flying.popleft().result()
         while flying:
             yield flying.popleft().result()

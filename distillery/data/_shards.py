@@ -20,7 +20,9 @@ from distillery.files import replacing, sha256_of, write_atomic
 
 PHOTO_SHARD = 256 * 2**20  # bytes
 PIXEL_SHARD = 128 * 2**20  # bytes; held in memory twice while it is written
+BLOCK = 4 * 2**20  # bytes of a photo shard that are fetched and verified at once
 HEADER = 512  # bytes of a tar header in ustar format with a short name
+LISTS = ("offsets", "sizes")  # long lists of a record; they travel as tensors in a checkpoint
 Record = dict[str, Any]  # one shard in data.json: file, images, bytes, sha256 and for photos offsets, sizes
 Seal = Callable[[Path, Record], None]
 
@@ -111,6 +113,16 @@ class PhotoWriter:
 
     def _path(self) -> Path:
         return self._folder / f"{self._split}-{self._shard:05d}.tar"
+
+
+def cut(offsets: list[int], sizes: list[int], block: int) -> list[tuple[int, int]]:
+    """Blocks of a shard, at most `block` bytes each or one larger image: first image and end of each."""
+    found, first = [], 0
+    for i in range(1, len(sizes) + 1):
+        if i == len(sizes) or offsets[i] + sizes[i] - offsets[first] > block:
+            found.append((first, i))
+            first = i
+    return found
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distillery.data import _published
 from distillery.data._decode import Unreadable
 from distillery.data._items import SPLITS, Items
 from distillery.data._parallel import ordered
-from distillery.data._shards import PhotoWriter, PixelWriter, Record
+from distillery.data._shards import LISTS, PhotoWriter, PixelWriter, Record
 from distillery.errors import UserError
 from distillery.files import sha256_of
 
 if TYPE_CHECKING:
     from distillery.config import DatasetConfig
     from distillery.track import Track
-
-LISTS = ("offsets", "sizes")  # long lists of a record; they travel as tensors in the checkpoint
 
 
 @dataclass
@@ -48,6 +47,11 @@ class Job:
     out: Path
     track: Track
 
+    @property
+    def is_published(self) -> bool:
+        """Whether shards go to the store instead of the artifact."""
+        return bool(self.cfg.store) and self.kind == "photos"
+
 
 def write(job: Job) -> State:
     """Write all shards of both splits.
@@ -66,7 +70,7 @@ def _write_split(job: Job, state: State, split: str) -> None:
     sealed = state.shards[split]
 
     def seal(path: Path, record: Record) -> None:
-        sealed.append(_publish(job.cfg, path, record) if job.cfg.store and job.kind == "photos" else record)
+        sealed.append(_published.move(job.cfg.store, path, record) if job.is_published else record)
         if job.items.are_files and job.track.due():
             _save(job, state)
 
@@ -108,17 +112,6 @@ def _skip(job: Job, state: State, name: str, image: Unreadable) -> None:
             f"first {state.skipped[0]}, last {image}; repair or remove them, or raise max_unreadable"
         )
     job.track.note(f"left out unreadable image {image}")
-
-
-def _publish(cfg: DatasetConfig, path: Path, record: Record) -> Record:
-    """Move a shard to the store, under a prefix made of its content: an equal shard is there already."""
-    from distillery.store import open_store  # only a URI needs the store
-
-    target, key = open_store(cfg.store), f"{record['sha256'][:20]}/{record['file']}"
-    if not target.exists(key):
-        target.put(key, path)
-    path.unlink()
-    return record | {"key": key}
 
 
 def _identity(job: Job) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillery.data import DATASETS, SIDES, TENSOR_SIDE, Info, _sources
+from distillery.data import DATASETS, SIDES, TENSOR_SIDE, Info, _published, _sources
 from distillery.data._downloads import downloads
 from distillery.data._items import SPLITS, collect
 from distillery.data._write import Job, State, write
@@ -51,11 +52,11 @@ def prepare(cfg: DatasetConfig, out: Path, track: Track) -> dict[str, Any]:
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / INDEX).unlink(missing_ok=True)
-        state = write(Job(cfg, size, kind, items, out, track))
+        job = Job(cfg, size, kind, items, out, track)
+        state = _published_or_written(job) if job.is_published else write(job)
     _check_counts(cfg, items.classes, state)
     facts = _facts(info, size, kind, items.classes)
     _write_index(out, facts, cfg.store if kind == "photos" else "", state)
-    track.clear()
     return facts | _totals(state)
 
 
@@ -83,6 +84,21 @@ def source_state(cfg: DatasetConfig) -> str:
         files = ((Path(place) / name) for place, _, names in os.walk(root, followlinks=True) for name in names)
         found = sorted((str(f.relative_to(root)), f.stat().st_size, str(f.stat().st_mtime_ns)) for f in files)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _published_or_written(job: Job) -> State:
+    """The state of an equal preparation that is in the store already; else write and publish one."""
+    source = source_state(job.cfg)
+    key = _published.key_of(job.cfg, job.size, source)
+    if (known := _published.find(job.cfg.store, key, job.track)) is not None:
+        job.track.note(f"these photos are in {job.cfg.store} already; nothing is written")
+        return State(**known)
+    state = write(job)
+    if source_state(job.cfg) == source:
+        _published.publish(job.cfg.store, key, asdict(state))
+    else:
+        job.track.note(f"{job.cfg.root} changed while it was read; the next run reads it again")
+    return state
 
 
 def _info(cfg: DatasetConfig) -> Info:

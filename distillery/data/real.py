@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distillery.data._photos import PhotoSplit
+from distillery.data.images import Images, shuffled
+from distillery.data.limits import photo_side
 from distillery.data.prepare import INDEX, SCHEMA
 from distillery.errors import CorruptArtifact
 from distillery.track import Track
@@ -22,9 +24,18 @@ EVERY = 5  # `Real.of` keeps every fifth image of a class for validation
 
 
 class Split(Protocol):
-    """What one split offers; `counts` are the images per class."""
+    """What one split offers; `counts` are the images per class, `runs` those of each block (`images.shuffled`)."""
 
-    counts: list[int]
+    @property
+    def counts(self) -> list[int]:
+        """Images per class."""
+
+    @property
+    def runs(self) -> list[int]:
+        """See `images.shuffled`."""
+
+    def images(self) -> Images:
+        """See `Real.images`."""
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """See `Real.pixels`."""
@@ -85,6 +96,19 @@ class Real:
         """Images per class of `train` or `val`."""
         return self._splits[split].counts
 
+    def images(self, split: str) -> tuple[Images, Tensor]:
+        """As `pixels`, but photos that would take too much memory or disk (`limits`) are decoded when they are indexed.
+
+        Raises:
+            CorruptArtifact, StoreError: as `pixels`, then or later.
+        """
+        counts = torch.tensor(self.counts(split))
+        return self._splits[split].images(), torch.arange(len(counts)).repeat_interleave(counts)
+
+    def order(self, split: str, stream: torch.Generator) -> Tensor:
+        """A random order of a split's images, [N] int64; see `images.shuffled`."""
+        return shuffled(self._splits[split].runs, sum(self.counts(split)), stream)
+
     def pixels(self, split: str) -> tuple[Tensor, Tensor]:
         """All images of a split, class by class, in file order inside a class.
 
@@ -95,7 +119,7 @@ class Real:
 
         Raises:
             CorruptArtifact: a shard that does not hold what its index says.
-            StoreError: the disk is full, or the store of published shards fails.
+            StoreError: the disk is full, the cache too small, or the store of published shards fails.
         """
         return self._splits[split].pixels()
 
@@ -108,7 +132,7 @@ class PixelSplit:
     """One split of a pixel set, read from its shards at first use and kept."""
 
     def __init__(self, counts: list[int], paths: list[Path], loaded: tuple[Tensor, Tensor] | None = None) -> None:
-        self.counts = counts
+        self.counts, self.runs = counts, list[int]()
         self._paths, self._given = paths, loaded
 
     @cached_property
@@ -121,6 +145,10 @@ class PixelSplit:
         if torch.bincount(labels, minlength=len(self.counts)).tolist() != self.counts:
             raise CorruptArtifact(f"{self._paths[0].parent}: the shards do not hold the images that {INDEX} counts")
         return images, labels
+
+    def images(self) -> Images:
+        """images_u8 [N, 3, S, S]."""
+        return self._loaded[0]
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """images_u8 [N, 3, S, S] and labels [N]."""
@@ -149,8 +177,11 @@ def load(folder: Path, track: Track | None = None) -> Real:
 
 def _split(folder: Path, index: dict[str, Any], name: str, track: Track) -> Split:
     facts = index["splits"][name]
+    for record in facts["shards"]:
+        if PurePosixPath(record["file"]).name != record["file"]:
+            raise CorruptArtifact(f"{folder / INDEX} names the shard {record['file']!r}, which is no plain file name")
     if index["kind"] == "photos":
-        return PhotoSplit(folder, index["store"], name, facts, index["size"] // 7 * 8, track)
+        return PhotoSplit(folder, index["store"], name, facts, photo_side(index["size"]), track)
     return PixelSplit(facts["counts"], [folder / record["file"] for record in facts["shards"]])
 
 

@@ -19,6 +19,7 @@ from distillery.methods._contract import Teacher
 from distillery.rng import generator
 
 if TYPE_CHECKING:
+    from distillery.data.images import Images
     from distillery.data.real import Real
     from distillery.track import Track
 
@@ -136,7 +137,7 @@ def score_all(work: Sequence[Unit], score: Callable[[Unit], Tensor], track: Trac
     """Score every unit, with progress and checkpoints.
 
     The scores are all the state there is, so a restart costs the units since the last checkpoint and changes nothing.
-    The caller clears the checkpoint once its images are made.
+    The checkpoint stays: the images made of it are not written yet.
 
     Args:
         work: units in class order.
@@ -161,10 +162,10 @@ def score_all(work: Sequence[Unit], score: Callable[[Unit], Tensor], track: Trac
     return dict(zip(counts, torch.cat(found).split(list(counts.values())), strict=True))
 
 
-def by_class(real: Real) -> list[Tensor]:
-    """Training images of each class as views: [n, 3, R, R] uint8."""
-    images_u8, _ = real.pixels("train")
-    return list(images_u8.split(real.counts("train")))
+def by_class(real: Real) -> Sequence[Images]:
+    """Training images of each class, [n, 3, R, R] uint8: views, or decoded when they are indexed."""
+    images_u8, _ = real.images("train")
+    return images_u8.split(real.counts("train"))
 
 
 def around_medians(
@@ -172,7 +173,7 @@ def around_medians(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The `ipc` real images of each class around the median of the teacher's probabilities.
 
-    The caller clears the checkpoint.
+    The checkpoint stays: the images made of it are not written yet.
 
     Returns:
         By class: the places of the chosen images, nearest to the median first, and the scores of all its images.

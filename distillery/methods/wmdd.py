@@ -174,7 +174,7 @@ class Targets:
 
     def barycenter(self, cls: int) -> tuple[Tensor, Tensor]:
         """Atoms [s, D] and weights [s] of a class, float64."""
-        images_u8 = _selection.by_class(self.real)[cls]
+        images_u8 = _selection.by_class(self.real)[cls][:]
         atoms, weights = _barycenter.barycenter(
             features(self.teacher, images_u8),
             self.ipc,

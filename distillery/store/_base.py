@@ -6,6 +6,7 @@ an artifact counts once its manifest is there, and that is written last.
 
 from __future__ import annotations
 
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -58,6 +59,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytes:
         """The bytes under `key`. Raises MissingKey."""
+
+    @abstractmethod
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        """`nbytes` bytes from `start` of what is under `key`. Raises MissingKey; StoreError when it is shorter."""
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
@@ -167,6 +172,11 @@ def join(prefix: str, name: str) -> str:
     """A key from a prefix and a name; the prefix may be empty."""
     prefix = prefix.strip("/")
     return f"{prefix}/{name}" if prefix else name
+
+
+def hidden(uri: str) -> str:
+    """A URI as it may be shown: without a user's name and password, and without a signature behind `?`."""
+    return re.sub(r"(?<=//)[^/]*@", "...@", uri).partition("?")[0]
 
 
 def check_key(key: str) -> str:

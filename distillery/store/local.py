@@ -36,6 +36,14 @@ class LocalStore(Store):
         with self._reading(key) as path:
             return path.read_bytes()
 
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        with self._reading(key) as path, path.open("rb") as file:
+            file.seek(start)
+            data = file.read(nbytes)
+        if len(data) != nbytes:
+            raise StoreError(f"{path} ends before byte {start + nbytes}; it was cut or replaced by another file")
+        return data
+
     def write(self, key: str, data: bytes) -> None:
         write_atomic(self._path(key), data)
 

@@ -21,6 +21,7 @@ import configparser
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from urllib3.exceptions import HTTPError
 
 from distillery.errors import CorruptArtifact, DistilleryError, StoreError, UserError, choices, nearest
 from distillery.files import disk, remember, replacing, sha256_of
-from distillery.store._base import HOLD, Entry, MissingKey, Store, check_key, join
+from distillery.store._base import HOLD, Entry, MissingKey, Store, check_key, hidden, join
 from distillery.store._lease import Seen, lease
 from distillery.store._patience import FIRST_PAUSE, GaveUp, PatientPool, Untrusted
 
@@ -75,6 +76,18 @@ ADVICE: tuple[tuple[set[str], type[DistilleryError], str], ...] = (
     ),
     ({"RequestTimeTooSkewed"}, UserError, "this machine's clock is wrong: set it"),
 )
+
+
+class _Unsigned(logging.Filter):
+    """Addresses without what stands behind `?`: a presigned one is a credential, and debug logs are read by many."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(hidden(arg) if isinstance(arg, str) and "?" in arg else arg for arg in record.args)
+        return True
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(_Unsigned())
 
 
 class S3Store(Store):
@@ -113,6 +126,29 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         with contextlib.suppress(MissingKey), self._errors(key):
             self._client.remove_object(self._bucket, self._name(key))
+
+    def read_part(self, key: str, start: int, nbytes: int) -> bytes:
+        data, heard = bytearray(), time.monotonic()
+        with self._errors(key):
+            while len(data) < nbytes:  # a broken transfer goes on where it stopped
+                answer = self._client.get_object(
+                    self._bucket, self._name(key), offset=start + len(data), length=nbytes - len(data)
+                )
+                before = len(data)
+                try:
+                    for block in answer.stream(BLOCK):
+                        data += block
+                    if len(data) == before:
+                        raise StoreError(f"{self.uri}/{key} ends before byte {start + nbytes}; it was cut or replaced")
+                except HTTPError as error:
+                    heard = time.monotonic() if len(data) > before else heard
+                    if time.monotonic() - heard > self._http.patience:
+                        raise GaveUp(f"{type(error).__name__}: {error}") from error
+                    time.sleep(FIRST_PAUSE)
+                finally:
+                    answer.close()
+                    answer.release_conn()
+        return bytes(data[:nbytes])
 
     def list(self, prefix: str = "") -> list[Entry]:
         root = join(self._prefix, "")
@@ -259,8 +295,11 @@ def _explain(error: S3Error, where: str) -> DistilleryError:
 
 def _connect(endpoint: str, http: PatientPool) -> Minio:
     parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-        raise UserError(f"AWS_ENDPOINT_URL is {endpoint!r}; write http://host:port or https://host:port, no path")
+    wrong = parts.username is not None or bool(parts.query) or bool(parts.path.strip("/"))
+    if parts.scheme not in ("http", "https") or not parts.hostname or wrong:
+        raise UserError(
+            f"AWS_ENDPOINT_URL is {hidden(endpoint)!r}; write http://host:port or https://host:port, no path"
+        )
     style = os.environ.get("AWS_S3_ADDRESSING_STYLE") or "auto"
     if style not in STYLES:
         raise UserError(f"AWS_S3_ADDRESSING_STYLE is {style!r}; allowed: {choices(STYLES)}{nearest(style, STYLES)}")
