@@ -230,7 +230,7 @@ def test_a_clock_that_goes_backwards_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_retried_run_adds_a_record_and_the_newest_counts(tmp_path: Path) -> None:
-    first, _ = enter(str(tmp_path), record("one", 0, [failed()]), nothing)
+    first, _ = enter(str(tmp_path), record("one", 0, [*seeds("rded", 0.5), failed("random")]), nothing)
     second, before = enter(str(tmp_path), record("one", 0), nothing)
     assert before is None, "a run is not compared with itself"
     assert second.finished > first.finished, "the first record stays as it is"
