@@ -66,9 +66,9 @@ submit status logs cancel watch: $(READY)
 	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
-	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
+	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits --extra metrics -o requirements.txt >/dev/null
 	@$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
-	@$(COMPILE) pyproject.toml --extra report --extra digits -c requirements.txt > images/requirements.txt
+	@$(COMPILE) pyproject.toml --extra report --extra digits --extra metrics -c requirements.txt > images/requirements.txt
 	@echo kfp | $(COMPILE) - --no-deps -c requirements.txt >> images/requirements.txt
 	@echo hatchling | $(COMPILE) - -c requirements-dev.txt > images/requirements-build.txt
 
