@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch lock minio kube clean
+.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch lock minio kube grafana clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -76,6 +76,8 @@ minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go
 
 kube: $(KUBE) ## build the Kubernetes API server that ARGS="-m cluster" talks to (needs Go; about 20 minutes once)
 
+grafana: .tools/grafana ## fetch Grafana's published schema for ARGS="-m monitoring" (needs npm; these tests also want apt's prometheus)
+
 clean: ## remove caches and .venv; runs/ and .tools/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist local_outputs
 	@find . -name __pycache__ -type d -not -path './.tools/*' -prune -exec rm -rf {} +
@@ -118,3 +120,13 @@ $(MINIO):
 	@mkdir -p $@
 	@found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json sigs.k8s.io/kueue@$(KUEUE_VERSION) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
 	install -m 644 "$$found"/config/components/crd/bases/*.yaml $@/
+
+# Types of dashboards and of the panels that we use, as JSON Schema.
+.tools/grafana: tests/monitoring/grafana/package-lock.json
+	@rm -rf $@ && mkdir -p $@.part && cp $(<D)/package.json $< $@.part/ && cd $@.part && npm ci --silent --no-audit --no-fund; \
+	types=node_modules/@grafana/schema/dist/types/raw; \
+	schema() { npx --no-install ts-json-schema-generator --no-type-check --path "$$1" --type "$$2" --out "$$3.json"; }; \
+	schema $$types/dashboard/x/dashboard_types.gen.d.ts Dashboard dashboard; \
+	for kind in stat table bargauge timeseries; do schema "$$types/composable/$$kind/panelcfg/x/*.d.ts" Options $$kind; done; \
+	schema "$$types/composable/timeseries/panelcfg/x/*.d.ts" FieldConfig timeseries-field
+	@mv $@.part $@

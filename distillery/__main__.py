@@ -145,8 +145,9 @@ def exporter(
         if error.name != "prometheus_client":
             raise
         raise UserError(f"exporter needs {error.name}: pip install 'distillery[metrics]'") from error
-    given = {"days": days, "experiments": experiments, "capacity": size_of(capacity, "--capacity")}
-    serving.serve(serving.Exporter(place, **given), port=port, address=address, every=every)
+    room = size_of(capacity, "--capacity")
+    served = serving.Exporter(place, days=days, experiments=experiments, capacity=room)
+    serving.serve(served, port=port, address=address, every=every)
 
 
 @app.command()

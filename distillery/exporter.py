@@ -165,9 +165,9 @@ class Exporter(Collector):
                 last[labels], seeds[labels] = group.mean / 100, len(group.last)
                 best[labels] = statistics.fmean(group.best) / 100
             for cell in record.cells:
-                labels = (name, cell.dataset, cell.entry or cell.method, str(cell.ipc))
-                if len(sizes) < ENTRIES * len(newest) or labels in sizes:
-                    sizes[labels].append((cell.image_bytes, cell.label_bytes))
+                made = (name, cell.dataset, cell.entry or cell.method, str(cell.ipc))
+                if len(sizes) < ENTRIES * len(newest) or made in sizes:
+                    sizes[made].append((cell.image_bytes, cell.label_bytes))
             steps |= {(name, step): seconds for step, seconds in record.steps.items()}
             teachers |= {(name, teacher.name): teacher.accuracy for teacher in record.teachers[:ENTRIES]}
             info[(name, record.schedule, record.run, record.code_version)] = 1
