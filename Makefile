@@ -9,8 +9,9 @@ UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
 MINIO_VERSION := v0.0.0-20260212201848-7aac2a2c5b7c
 MINIO := .tools/bin/minio
-KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds
+KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds/kueue .tools/crds/prometheus-operator
 KUEUE_VERSION := v0.15.0
+OPERATOR_VERSION := v0.85.0
 KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36
 
 # A pyenv shim answers `command -v` for a uv that cannot start, so it is asked for its version.
@@ -115,11 +116,15 @@ $(MINIO):
 .tools/bin/etcd: tests/kube/go.mod
 	@cd tests/kube && go build -trimpath -ldflags '-s -w' -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
 
-# Kueue's objects cannot be checked without its definitions.
-.tools/crds:
-	@mkdir -p $@
-	@found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json sigs.k8s.io/kueue@$(KUEUE_VERSION) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
-	install -m 644 "$$found"/config/components/crd/bases/*.yaml $@/
+# Objects of others cannot be checked without their definitions.
+DEFINED = @mkdir -p $@; found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
+	install -m 644 $(addprefix "$$found"/,$(2)) $@/
+
+.tools/crds/kueue:
+	$(call DEFINED,sigs.k8s.io/kueue@$(KUEUE_VERSION),config/components/crd/bases/*.yaml)
+
+.tools/crds/prometheus-operator:
+	$(call DEFINED,github.com/prometheus-operator/prometheus-operator@$(OPERATOR_VERSION),$(foreach kind,servicemonitors prometheusrules,example/prometheus-operator-crd/monitoring.coreos.com_$(kind).yaml))
 
 # Types of dashboards and of the panels that we use, as JSON Schema.
 .tools/grafana: tests/monitoring/grafana/package-lock.json

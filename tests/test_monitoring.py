@@ -168,7 +168,9 @@ class Prometheus:
 
     def get(self, path: str, **arguments: str) -> Any:
         """`data` of an answer of its API."""
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(arguments)}", timeout=10) as found:
+        with urllib.request.urlopen(
+            f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(arguments)}", timeout=10
+        ) as found:
             return json.loads(found.read())["data"]
 
     def query(self, expr: str) -> list[dict[str, Any]]:
@@ -285,7 +287,7 @@ class TestWithPrometheus:
                     values = answering.get(f"label/{found[2]}/values", **{"match[]": found[1]})
                 else:
                     (inner,) = re.fullmatch(r"query_result\((.*)\)", query).groups()
-                    said = [f"{{run=\"{one['metric']['run']}\"}}" for one in answering.query(inner)]
+                    said = [f'{{run="{one["metric"]["run"]}"}}' for one in answering.query(inner)]
                     values = [re.search(variable["regex"].strip("/"), text)[1] for text in said]
                 assert values == (["toy"] if variable["name"] == "experiment" else ["run-1"]), variable["name"]
 

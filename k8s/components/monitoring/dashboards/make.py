@@ -97,7 +97,9 @@ def row(title: str) -> Panel:
 
 def columns(*hidden: str, value: str, **names: str) -> list[Panel]:
     """What turns labels into a readable table: columns hidden, the value named, others renamed."""
-    away = dict.fromkeys(("Time", "__name__", "instance", "job", "endpoint", "container", "service", "pod", *hidden), True)
+    away = dict.fromkeys(
+        ("Time", "__name__", "instance", "job", "endpoint", "container", "service", "pod", *hidden), True
+    )
     return [
         {"id": "labelsToFields", "options": {"mode": "columns"}},
         {"id": "merge", "options": {}},
@@ -189,7 +191,8 @@ def overview() -> Panel:
             panel("timeseries", "Accuracy, last epoch", "A step is a new run.",
                   (f"distillery_accuracy_last{{{OURS}}}", "{{experiment}} {{method}} ipc {{ipc}} {{student}}"),
                   size=(12, 9), unit="percentunit"),
-            panel("timeseries", "Accuracy, best evaluation, and the teachers'", "The best epoch is chosen on the test set.",
+            panel("timeseries", "Accuracy, best evaluation, and the teachers'",
+                  "The best epoch is chosen on the test set.",
                   (f"distillery_accuracy_best{{{OURS}}}", "{{experiment}} {{method}} ipc {{ipc}} {{student}}"),
                   (f"distillery_teacher_accuracy{{{OURS}}}", "{{experiment}} teacher {{teacher}}"),
                   size=(12, 9), unit="percentunit"),
@@ -202,7 +205,8 @@ def overview() -> Panel:
                   size=(8, 8), transformations=columns(value="findings"), noValue="none"),
             row("Costs"),
             panel("timeseries", "Seconds of each step", "All cells of the newest run together.",
-                  (f"distillery_step_seconds{{{OURS}}}", "{{experiment}} {{step}}"), size=(12, 8), unit="s", stacked=True),
+                  (f"distillery_step_seconds{{{OURS}}}", "{{experiment}} {{step}}"),
+                  size=(12, 8), unit="s", stacked=True),
             panel("timeseries", "Size of the sets", "Images and soft labels.",
                   (f"distillery_image_bytes{{{OURS}}}", "images {{experiment}} {{method}} ipc {{ipc}}"),
                   (f"distillery_label_bytes{{{OURS}}}", "labels {{experiment}} {{method}} ipc {{ipc}}"),
@@ -214,6 +218,7 @@ def overview() -> Panel:
 def run() -> Panel:
     """One run: its pods while it runs, its results afterwards."""
     pods = f"on (namespace, pod) group_left (run) distillery:step_pod:info{{{RUN}}}"
+    cores = 'rate(container_cpu_usage_seconds_total{container="main"}[5m])'
     past = "last_over_time(({})[$__range:1m])"
     ever = ("distillery:step_pod:info", "distillery_newest_run")
     known = " or ".join(f"max by (run) (last_over_time({name}[$__range]))" for name in ever)
@@ -230,8 +235,7 @@ def run() -> Panel:
             panel("timeseries", "Pods of steps", "By phase.",
                   (f"sum by (phase) ((kube_pod_status_phase * {pods}) > 0)", "{{phase}}"), size=(8, 8), stacked=True),
             panel("timeseries", "CPU", "Cores that each pod uses.",
-                  (f'sum by (namespace, pod) (rate(container_cpu_usage_seconds_total{{container="main"}}[5m])) * {pods}',
-                   "{{pod}}"), size=(8, 8)),
+                  (f"sum by (namespace, pod) ({cores}) * {pods}", "{{pod}}"), size=(8, 8)),
             panel("timeseries", "Memory", "Working set of each pod.",
                   (f'sum by (namespace, pod) (container_memory_working_set_bytes{{container="main"}}) * {pods}',
                    "{{pod}}"), size=(8, 8), unit="bytes"),
@@ -285,9 +289,10 @@ def gpu() -> Panel:
             panel("stat", "GPU hours", "In the time shown.", (f"sum({hours})", "hours"), size=(4, 4), unit="h"),
             panel("stat", "Cost", "GPU hours times the price above.", (f"sum({hours}) * $price", "cost"),
                   size=(4, 4), unit="none"),
-            panel("stat", "Idle GPU hours", "Held, and busy below 5 %.", (f"sum({idle})", "idle"), size=(4, 4), unit="h",
-                  steps=[("green", None), ("orange", 1)]),
-            panel("stat", "Pods that wait", "Steps without a node.", (f"sum({waiting} distillery:step_pod:info)", "pods"),
+            panel("stat", "Idle GPU hours", "Held, and busy below 5 %.", (f"sum({idle})", "idle"),
+                  size=(4, 4), unit="h", steps=[("green", None), ("orange", 1)]),
+            panel("stat", "Pods that wait", "Steps without a node.",
+                  (f"sum({waiting} distillery:step_pod:info)", "pods"),
                   size=(4, 4), noValue="0"),
             row("By run"),
             panel("bargauge", "GPU hours by run", "In the time shown.", (hours, "{{run}}"), size=(12, 8), unit="h"),
@@ -297,9 +302,11 @@ def gpu() -> Panel:
             panel("timeseries", "Busy", "Of GPUs that steps hold.", (busy, "{{Hostname}} {{gpu}} {{pod}}"),
                   size=(8, 8), unit="percentunit", min=0, max=1),
             panel("timeseries", "Memory", "Of GPUs that steps hold.",
-                  (f"distillery:step_gpu_memory:bytes{{{RUN}}}", "{{Hostname}} {{gpu}} {{pod}}"), size=(8, 8), unit="bytes"),
+                  (f"distillery:step_gpu_memory:bytes{{{RUN}}}", "{{Hostname}} {{gpu}} {{pod}}"),
+                  size=(8, 8), unit="bytes"),
             panel("timeseries", "Power", "Of GPUs that steps hold.",
-                  (f"distillery:step_gpu_power:watts{{{RUN}}}", "{{Hostname}} {{gpu}} {{pod}}"), size=(8, 8), unit="watt"),
+                  (f"distillery:step_gpu_power:watts{{{RUN}}}", "{{Hostname}} {{gpu}} {{pod}}"),
+                  size=(8, 8), unit="watt"),
             row("KFP and Argo"),
             panel("timeseries", "Workflows", "By phase, from Argo's controller (4 and 3.6; older ones call it _count).",
                   ("sum by (phase) (argo_workflows_gauge or argo_workflows_count)", "{{phase}}"), size=(8, 8)),
