@@ -31,7 +31,8 @@ from distillery.regress import entries
 from distillery.store import open_store
 
 PATIENCE = 20.0  # seconds to try while the store does not answer: the next look comes anyway
-ENTRIES = 100  # results of one experiment that are served
+RESULTS = 1000  # served in all: each is five series, and a scrape should stay below 200 ms
+TEACHERS = 20  # of one experiment that are served
 GAPS = 10  # runs of a schedule from which its interval is taken
 MEASURE_EVERY = 3600.0  # seconds; the size of a bucket is a listing of all of it
 RESULT = ("experiment", "dataset", "method", "ipc", "student", "recipe", "teacher")
@@ -135,8 +136,8 @@ class Exporter(Collector):
         since = datetime.now(UTC).timestamp() - self._days * 86400
         last = {run.experiment: run.ended for run in sorted(runs, key=lambda run: run.ended)}
         recent = sorted((name for name in last if last[name] >= since), key=lambda name: -last[name])
-        shown = set(recent[: self._experiments])
-        results, dropped = self._results({name: self._newest[name] for name in shown if name in self._newest})
+        shown = dict.fromkeys(recent[: self._experiments])
+        results, dropped = _results({name: self._newest[name] for name in shown if name in self._newest})
         left_out = {"experiments": len(last) - len(shown), "results": dropped}
         return [
             _gauge("history_records", "Runs in the history.", len(runs)),
@@ -145,53 +146,6 @@ class Exporter(Collector):
             *_of_runs([run for run in runs if run.experiment in shown], since),
             *results,
         ]
-
-    def _results(self, newest: Mapping[str, Record]) -> tuple[list[Metric], int]:
-        """Families of each experiment's newest run with results; how many results are left out."""
-        last: dict[tuple[str, ...], float] = {}
-        best: dict[tuple[str, ...], float] = {}
-        seeds: dict[tuple[str, ...], float] = {}
-        steps: dict[tuple[str, ...], float] = {}
-        sizes: dict[tuple[str, ...], list[tuple[int | None, int | None]]] = defaultdict(list)
-        teachers: dict[tuple[str, ...], float] = {}
-        info: dict[tuple[str, ...], float] = {}
-        worse: Counter[tuple[str, ...]] = Counter()
-        dropped = 0
-        for name, record in sorted(newest.items()):
-            (found,) = entries([record])
-            dropped += max(0, len(found) - ENTRIES)
-            for key, group in list(found.items())[:ENTRIES]:
-                labels = (name, key.dataset, key.method, str(key.ipc), key.student, key.recipe, key.teacher)
-                last[labels], seeds[labels] = group.mean / 100, len(group.last)
-                best[labels] = statistics.fmean(group.best) / 100
-            for cell in record.cells:
-                made = (name, cell.dataset, cell.entry or cell.method, str(cell.ipc))
-                if len(sizes) < ENTRIES * len(newest) or made in sizes:
-                    sizes[made].append((cell.image_bytes, cell.label_bytes))
-            steps |= {(name, step): seconds for step, seconds in record.steps.items()}
-            teachers |= {(name, teacher.name): teacher.accuracy for teacher in record.teachers[:ENTRIES]}
-            info[(name, record.schedule, record.run, record.code_version)] = 1
-            worse.update({(name, kind): 0 for kind in ("accuracy", "images", "slower")})
-            worse.update((name, regression.kind) for regression in record.regressions)
-        images = {key: mean for key, own in sizes.items() if (mean := _mean(image for image, _ in own)) is not None}
-        labels_ = {key: mean for key, own in sizes.items() if (mean := _mean(label for _, label in own)) is not None}
-        families = [
-            _family("accuracy_last", "Accuracy after the last epoch, 0 to 1, mean over seeds.", RESULT, last),
-            _family("accuracy_best", "Accuracy at the best evaluation, 0 to 1, mean over seeds.", RESULT, best),
-            _family("accuracy_seeds", "Seeds behind an accuracy.", RESULT, seeds),
-            _family("teacher_accuracy", "Accuracy of a teacher, 0 to 1.", ("experiment", "teacher"), teachers),
-            _family("step_seconds", "Seconds of a step, all cells together.", ("experiment", "step"), steps),
-            _family("image_bytes", "Bytes of a set's images.", SET, images),
-            _family("label_bytes", "Bytes of a set's soft labels.", SET, labels_),
-            _family("regressions", "What got worse than in the run before.", ("experiment", "kind"), worse),
-            _family(
-                "newest_run",
-                "1; the run whose results stand here, as labels.",
-                ("experiment", "schedule", "run", "code_version"),
-                info,
-            ),
-        ]
-        return families, dropped
 
 
 def serve(exporter: Exporter, *, port: int, address: str = "0.0.0.0", every: float = 30.0) -> None:
@@ -233,6 +187,55 @@ def _look_on(exporter: Exporter, stop: threading.Event, every: float) -> None:
             stop.wait(every)
     finally:
         stop.set()
+
+
+def _results(newest: Mapping[str, Record]) -> tuple[list[Metric], int]:
+    """Families of each experiment's newest run with results, in that order; how many results are left out."""
+    last: dict[tuple[str, ...], float] = {}
+    best: dict[tuple[str, ...], float] = {}
+    seeds: dict[tuple[str, ...], float] = {}
+    steps: dict[tuple[str, ...], float] = {}
+    sizes: dict[tuple[str, ...], list[tuple[int | None, int | None]]] = defaultdict(list)
+    teachers: dict[tuple[str, ...], float] = {}
+    info: dict[tuple[str, ...], float] = {}
+    worse: Counter[tuple[str, ...]] = Counter()
+    dropped = 0
+    for name, record in newest.items():
+        (found,) = entries([record])
+        room = RESULTS - len(last)
+        dropped += max(0, len(found) - room)
+        for key, group in list(found.items())[:room]:
+            labels = (name, key.dataset, key.method, str(key.ipc), key.student, key.recipe, key.teacher)
+            last[labels], seeds[labels] = group.mean / 100, len(group.last)
+            best[labels] = statistics.fmean(group.best) / 100
+        for cell in record.cells:
+            made = (name, cell.dataset, cell.entry or cell.method, str(cell.ipc))
+            if len(sizes) < RESULTS or made in sizes:
+                sizes[made].append((cell.image_bytes, cell.label_bytes))
+        steps |= {(name, step): seconds for step, seconds in record.steps.items()}
+        teachers |= {(name, teacher.name): teacher.accuracy for teacher in record.teachers[:TEACHERS]}
+        info[(name, record.schedule, record.run, record.code_version)] = 1
+        worse.update({(name, kind): 0 for kind in ("accuracy", "images", "slower")})
+        worse.update((name, regression.kind) for regression in record.regressions)
+    images = {key: mean for key, own in sizes.items() if (mean := _mean(image for image, _ in own)) is not None}
+    labels_ = {key: mean for key, own in sizes.items() if (mean := _mean(label for _, label in own)) is not None}
+    families = [
+        _family("accuracy_last", "Accuracy after the last epoch, 0 to 1, mean over seeds.", RESULT, last),
+        _family("accuracy_best", "Accuracy at the best evaluation, 0 to 1, mean over seeds.", RESULT, best),
+        _family("accuracy_seeds", "Seeds behind an accuracy.", RESULT, seeds),
+        _family("teacher_accuracy", "Accuracy of a teacher, 0 to 1.", ("experiment", "teacher"), teachers),
+        _family("step_seconds", "Seconds of a step, all cells together.", ("experiment", "step"), steps),
+        _family("image_bytes", "Bytes of a set's images.", SET, images),
+        _family("label_bytes", "Bytes of a set's soft labels.", SET, labels_),
+        _family("regressions", "What got worse than in the run before.", ("experiment", "kind"), worse),
+        _family(
+            "newest_run",
+            "1; the run whose results stand here, as labels.",
+            ("experiment", "schedule", "run", "code_version"),
+            info,
+        ),
+    ]
+    return families, dropped
 
 
 def _of_runs(runs: Sequence[Seen], since: float) -> list[Metric]:

@@ -122,7 +122,7 @@ def test_nothing_is_read_twice_and_a_scrape_reads_nothing(tmp_path: Path, monkey
 
 
 def test_labels_are_bounded_and_what_is_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "ENTRIES", 1)
+    monkeypatch.setattr(exporting, "RESULTS", 3)
     put(tmp_path, *(record(f"r{i}", ago=i * DAY, experiment=f"e{i}") for i in range(10)))
     put(tmp_path, record("old", ago=100 * DAY, experiment="old"))
     exporter = Exporter(str(tmp_path), experiments=3, days=90)
@@ -135,6 +135,7 @@ def test_labels_are_bounded_and_what_is_left_out_is_counted(tmp_path: Path, monk
     }
     assert found["dropped"] == {by(what="experiments"): 8, by(what="results"): 3}
     assert len(found["accuracy_last"]) == 3 and len(found["image_bytes"]) == 3
+    assert sum(by(experiment="e0") <= labels for labels in found["accuracy_last"]) == 2, "the newest come first"
     assert len(exporter._newest) <= 6, "memory grows with the history"
 
 
