@@ -97,6 +97,16 @@ def inspect(
     typer.echo(inspection.describe(folder))
 
 
+@app.command(hidden=True)
+def probe(
+    uri: Annotated[str, typer.Argument(help="A place to write to, read, list and delete.")] = "",
+) -> None:
+    """Say in one line of JSON what this process has, and whether a store may be used from it."""
+    from distillery import probe as surroundings
+
+    typer.echo(json.dumps(surroundings.probe(uri)))
+
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more: run folders, reports, records.")],

@@ -86,12 +86,12 @@ def compare(records: Sequence[Record]) -> dict[str, Any]:
     if not 2 <= len(records) <= len(LETTERS):
         raise UserError(f"{len(records)} runs: give 2 to {len(LETTERS)}")
     first, *others = records
-    groups = entries(records)
+    groups = entries(records, loosely=True)
     results = [_result(key, [own.get(key) for own in groups]) for key in sorted({key for own in groups for key in own})]
     tests = sum(each is not None and each["p"] is not None for result in results for each in result["against_first"])
-    names = ("run", "experiment", "finished", "status", "code_version", "hardware", "seconds", "previous", "schedule")
+    names = ("run", "experiment", "schedule", "finished", "status", "seconds", "code_version", "previous")
     return {
-        "runs": [{name: getattr(record, name) for name in names} for record in records],
+        "runs": [{n: getattr(record, n) for n in names} | {"hardware": list(record.hardware)} for record in records],
         "configuration": configurations([record.config for record in records]),
         "same_configuration": len({record.config_sha256 for record in records}) == 1,
         "differing": [differing(first, other) for other in others],
@@ -177,7 +177,7 @@ def text(found: dict[str, Any]) -> str:
     lines = columns([head, *rows])
     lines += ["", *_configuration(found, names), ""]
     for what, name in (("hardware", "Hardware"), ("code_version", "Code version")):
-        each = [", ".join(run[what]) if isinstance(run[what], (list, tuple)) else run[what] for run in runs]
+        each = [", ".join(run[what]) if isinstance(run[what], list) else run[what] for run in runs]
         same = each[0] if len(set(each)) == 1 else "; ".join(f"{n}: {v}" for n, v in zip(names, each, strict=True))
         lines.append(f"{name}: {same or 'not known'}")
     for name, besides in zip(names[1:], found["differing"], strict=True):

@@ -211,6 +211,8 @@ def resolved(wanted: Experiment) -> str:
     kept = [{name: value for name, value in cell.items() if name not in free | pods} for cell in cells]
     for cell in kept:
         cell["dataset"] = {k: v for k, v in cell["dataset"].items() if k not in ("root", "download", "store")}
+        for student in cell["students"]:
+            student["recipe"] = {k: v for k, v in student["recipe"].items() if k != "name"}
     teachers = [plain(teacher) for teacher in wanted.every_teacher]
     return hashlib.sha256(canonical([teachers, kept]).encode()).hexdigest()
 

@@ -8,9 +8,10 @@ of the run that made it, so it never counts as slower.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,14 @@ class Group:
         return statistics.stdev(self.last) if len(self.last) > 1 else None
 
 
-def entries(records: Sequence[Record]) -> list[dict[Key, Group]]:
-    """The entries of each run, under names that mean the same in all of them."""
-    method_of = _names(records)
+def entries(records: Sequence[Record], loosely: bool = False) -> list[dict[Key, Group]]:
+    """The entries of each run, under names that mean the same in all of them.
+
+    Args:
+        records: of the runs.
+        loosely: put recipes of one preset beside each other, whatever else was written in them, where no run has two.
+    """
+    method_of, presets = _names(records), _presets(records) if loosely else {}
     several = any(len({cell.teacher for cell in record.cells if cell.students}) > 1 for record in records)
     found = []
     for record in records:
@@ -71,7 +77,8 @@ def entries(records: Sequence[Record]) -> list[dict[Key, Group]]:
         for cell in record.cells:
             for one in cell.students:
                 if one.acc_last is not None:
-                    names = (one.net, one.recipe, method_of(cell), cell.teacher if several else "")
+                    recipe = presets.get(one.recipe, one.recipe)
+                    names = (one.net, recipe, method_of(cell), cell.teacher if several else "")
                     best = one.acc_last if one.acc_best is None else one.acc_best
                     seeds[Key(cell.dataset, cell.ipc, *names)][cell.seed].append((100 * one.acc_last, 100 * best))
         found.append({key: _group(own) for key, own in sorted(seeds.items())})
@@ -96,7 +103,7 @@ def judge(before: Record, now: Record) -> list[Regression]:
     """Everything in which a run is worse than the one before it, heaviest kind first."""
     besides = differing(before, now)
     found = [*_accuracy(before, now), *_images(before, now), *_slower(before, now)]
-    said = f"; different besides: {', '.join(besides)}" if besides else "; nothing else is known to differ"
+    said = f" (different besides: {', '.join(besides)})" if besides else " (nothing else is known to differ)"
     return [Regression(r.kind, r.entry, r.text + said, round(r.before, 6), round(r.after, 6)) for r in found]
 
 
@@ -220,6 +227,14 @@ def _names(records: Sequence[Record]) -> Callable[[CellRecord], str]:
         return " ".join([cell.method, *(f"{o}={own.get(o, 'default')}" for o in sorted(varying[cell.method]))])
 
     return name
+
+
+def _presets(records: Sequence[Record]) -> dict[str, str]:
+    """Recipe -> its preset, where that alone tells each run's recipes apart."""
+    each = [{one.recipe for cell in record.cells for one in cell.students} for record in records]
+    found = {recipe: re.split(r"[ (]", recipe)[0] for own in each for recipe in own}
+    twice = {preset for own in each for preset, count in Counter(found[recipe] for recipe in own).items() if count > 1}
+    return {recipe: preset for recipe, preset in found.items() if preset not in twice}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

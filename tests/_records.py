@@ -1,68 +1,75 @@
-"""Records of runs that nobody ran, for tests of what reads a history."""
+"""Records of runs for tests of the history: everything a record has, changed by name."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from typing import Any
 
-from distillery.history import FOLDER, SCHEMA, STAMP, CellRecord, Fault, Reached, Record, Regression, Taught
+from distillery.history import CellRecord, Fault, Reached, Record, Taught
 
-NOW = datetime.now(UTC).replace(microsecond=0)
+TEXT = """
+name: toy
+dataset: {name: digits, per_class: 12}
+teacher: {net: convnet1, net_options: {width: 8}, epochs: 2, batch: 32}
+methods:
+  - {method: rded, ipc: [2], options: {mipc: 12}}
+students:
+  - {net: convnet1, net_options: {width: 8}, recipe: {preset: fair-soft, epochs: 3}}
+"""
 
 
-def record(run: str = "run", *, ago: timedelta = timedelta(), acc: float = 0.5, **changes: object) -> Record:
-    """A run of two methods with two seeds each; `acc` is what rded reaches, random images reach 0.1 less."""
-    cells = []
-    for method, reached in (("rded", acc), ("random", acc - 0.1)):
-        for seed in (0, 1):
-            students = (Reached("convnet3", "fair", "soft", reached + 0.01 * seed, reached + 0.02),)
-            cells.append(
-                CellRecord(
-                    f"{method}-{seed}",
-                    "cifar10",
-                    method,
-                    {},
-                    10,
-                    seed,
-                    "0" * 64,
-                    {"synthesize": 2.0},
-                    1000,
-                    200,
-                    students,
-                )
-            )
-    whole = Record(
-        run=run,
-        experiment="nightly",
-        schedule="",
-        finished=(NOW - ago).isoformat(),
-        seconds=9.0,
-        status="succeeded",
-        code_version="0.1.0+abc",
-        hardware=("cpu",),
-        config="name: nightly",
-        config_sha256="0" * 64,
-        teachers=(Taught("convnet3", "convnet3", 0.85),),
-        cells=tuple(cells),
-        steps={"synthesize": 8.0, "evaluate_student": 1.0},
-        schema=SCHEMA,
+def cell(method: str = "rded", seed: int = 0, acc: float = 0.5, **changes: Any) -> CellRecord:
+    """A cell with one student; `seconds` is merged, `acc` a fraction."""
+    seconds = {"synthesize": 20.0, "relabel": 1.0, "evaluate_student": 30.0} | changes.pop("seconds", {})
+    student = Reached(changes.pop("net", "convnet1"), changes.pop("recipe", "fair-soft"), "soft", acc, acc + 0.01)
+    made = CellRecord(
+        id=f"{method}-ipc10-seed{seed}",
+        dataset="digits",
+        method=method,
+        options={},
+        ipc=10,
+        seed=seed,
+        images_sha256=f"images of {method} {seed}",
+        seconds=seconds,
+        image_bytes=100,
+        label_bytes=50,
+        students=(student,),
+        entry=method,
+        teacher="convnet1",
+        hardware="a cpu",
     )
-    return replace(whole, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
-def failed(run: str, *, ago: timedelta = timedelta(), **changes: object) -> Record:
-    """A run whose only cell failed."""
-    cell = record().cells[0]
-    broken = replace(cell, students=(), failure=Fault("synthesize", "out of memory"))
-    return record(run, ago=ago, status="failed", cells=(broken,), **changes)
+def failed(method: str = "rded", seed: int = 0) -> CellRecord:
+    """A cell that has no result."""
+    return cell(method, seed, students=(), failure=Fault("synthesize", "no room"), images_sha256="")
 
 
-def worse(run: str, kind: str, *, ago: timedelta = timedelta(), **changes: object) -> Record:
-    """A run that stands in the history as worse than the one before."""
-    return record(run, ago=ago, regressions=(Regression(kind, "rded", "rded is worse", 0.5, 0.4),), **changes)
+def seeds(method: str, *accuracies: float, **changes: Any) -> tuple[CellRecord, ...]:
+    """A cell for each accuracy (a fraction)."""
+    return tuple(cell(method, seed, acc, **changes) for seed, acc in enumerate(accuracies))
 
 
-def put(place: Path, *records: Record) -> None:
-    """Write records below `place` as runs leave them."""
-    (place / FOLDER).mkdir(parents=True, exist_ok=True)
-    for one in records:
-        (place / FOLDER / f"{one.ended.strftime(STAMP)}-{one.run}.json").write_bytes(one.json())
+def record(run: str = "one", number: int = 0, cells: Sequence[CellRecord] = (), **changes: Any) -> Record:
+    """A finished run; the number is its second of that day."""
+    hours, rest = divmod(number, 3600)
+    cells = tuple(cells) or seeds("rded", 0.50, 0.51, 0.52)
+    made = Record(
+        run=run,
+        experiment="toy",
+        schedule="",
+        finished=f"2026-11-21T{hours:02d}:{rest // 60:02d}:{rest % 60:02d}+00:00",
+        seconds=60.0,
+        status="failed" if any(c.failure for c in cells) else "succeeded",
+        code_version="0.1.0+a",
+        hardware=("a cpu",),
+        config=TEXT,
+        config_sha256="0" * 64,
+        teachers=(Taught("convnet1", "convnet1", 0.9),),
+        cells=cells,
+        steps={"train_teacher": 100.0, "synthesize": 60.0},
+        data="digits",
+    )
+    return replace(made, **changes)

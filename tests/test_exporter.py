@@ -9,12 +9,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import _records
 import pytest
-from _records import NOW, failed, put, record, worse
+from _records import seeds
 from _servers import available, running
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,10 +25,26 @@ from distillery import exporter as exporting
 from distillery.__main__ import app
 from distillery.errors import DistilleryError, UserError
 from distillery.exporter import Exporter
+from distillery.history import FOLDER, STAMP, Record, Regression
 from distillery.store.local import LocalStore
 
+NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
 Labels = frozenset[tuple[str, str]]
+
+
+def record(run: str, *, ago: timedelta = timedelta(), acc: float = 0.5, **changes: Any) -> Record:
+    """A run of two methods with two seeds each that ended `ago`; random images reach 0.1 less than rded's `acc`."""
+    cells = seeds("rded", acc, acc + 0.01) + seeds("random", acc - 0.1, acc - 0.09)
+    given = {"experiment": "nightly", "finished": (NOW - ago).isoformat()} | changes
+    return _records.record(run, cells=given.pop("cells", cells), **given)
+
+
+def put(place: Path, *records: Record) -> None:
+    """Write records below `place` as runs leave them."""
+    (place / FOLDER).mkdir(parents=True, exist_ok=True)
+    for one in records:
+        (place / FOLDER / f"{one.ended.strftime(STAMP)}-{one.run}.json").write_bytes(one.json())
 
 
 def scrape(exporter: Exporter) -> dict[str, dict[Labels, float]]:
@@ -61,24 +78,29 @@ def test_the_newest_run_of_each_experiment_is_served(tmp_path: Path) -> None:
     exporter = Exporter(str(tmp_path))
     assert exporter.look()
     found = scrape(exporter)
-    rded = {"dataset": "cifar10", "method": "rded", "ipc": "10", "student": "convnet3", "recipe": "fair"}
+    rded = {"dataset": "digits", "method": "rded", "ipc": "10", "student": "convnet1", "recipe": "fair-soft"}
     assert found["accuracy_last"][by(experiment="nightly", **rded)] == pytest.approx(0.405)
-    assert found["accuracy_best"][by(experiment="nightly", **rded)] == pytest.approx(0.42)
+    assert found["accuracy_best"][by(experiment="nightly", **rded)] == pytest.approx(0.415)
     assert found["accuracy_seeds"][by(experiment="nightly", **rded)] == 2
     assert len(found["accuracy_last"]) == 4
-    assert found["step_seconds"][by(experiment="nightly", step="synthesize")] == 8
-    assert found["image_bytes"][by(experiment="nightly", dataset="cifar10", method="rded", ipc="10")] == 1000
-    assert found["label_bytes"][by(experiment="nightly", dataset="cifar10", method="random", ipc="10")] == 200
-    assert found["teacher_accuracy"][by(experiment="nightly", teacher="convnet3")] == 0.85
+    assert found["step_seconds"][by(experiment="nightly", step="synthesize")] == 60
+    assert found["image_bytes"][by(experiment="nightly", dataset="digits", method="rded", ipc="10")] == 100
+    assert found["label_bytes"][by(experiment="nightly", dataset="digits", method="random", ipc="10")] == 50
+    assert found["teacher_accuracy"][by(experiment="nightly", teacher="convnet1")] == 0.9
     assert found["runs_total"][by(experiment="nightly", status="succeeded")] == 2
     assert found["last_run_timestamp_seconds"][by(experiment="nightly")] == (NOW - DAY).timestamp()
-    assert found["newest_run"][by(experiment="nightly", run="b", code_version="0.1.0+abc")] == 1
+    assert found["newest_run"][by(experiment="nightly", run="b", code_version="0.1.0+a")] == 1
     assert one(found["store_up"]) == 1 and one(found["history_records"]) == 3
     assert 0 < one(found["store_used_bytes"]) < one(found["store_capacity_bytes"])
 
 
 def test_a_run_without_results_counts_as_failed_and_hides_no_accuracy(tmp_path: Path) -> None:
-    put(tmp_path, worse("a", "accuracy", ago=2 * DAY, schedule="s"), failed("b", ago=DAY, schedule="s"))
+    worse = Regression("accuracy", "rded", "rded is worse", 0.5, 0.4)
+    put(
+        tmp_path,
+        record("a", ago=2 * DAY, schedule="s", regressions=(worse,)),
+        record("b", ago=DAY, schedule="s", cells=(_records.failed(),)),
+    )
     exporter = Exporter(str(tmp_path))
     exporter.look()
     found = scrape(exporter)

@@ -27,9 +27,9 @@ LAYERS = (
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
-    {"execution", "experiment", "history", "profiles", "regress", "sharding"},
+    {"checkpoints", "execution", "experiment", "history", "profiles", "regress", "sharding"},
     {"steps"},
-    {"compare", "estimate", "exporter", "inspection", "run"},
+    {"compare", "estimate", "exporter", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
