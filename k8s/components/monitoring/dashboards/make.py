@@ -15,7 +15,8 @@ SOURCE = {"type": "prometheus", "uid": "${source}"}
 WIDE = 24  # columns of Grafana's grid
 OURS = 'experiment=~"$experiment"'
 RUN = 'run=~"$run"'
-NEWEST = f"* on (experiment) group_left (run) max by (experiment, run) (distillery_newest_run{{{RUN}}})"
+SAME = "(namespace, experiment)"  # two stores may know the same experiment
+NEWEST = f"* on {SAME} group_left (run) max by (namespace, experiment, run) (distillery_newest_run{{{RUN}}})"
 GOOD_BELOW = [("green", None), ("red", 1)]
 GOOD_ABOVE = [("red", None), ("green", 1)]
 
