@@ -27,8 +27,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, profiles, sharding, statistics
+from distillery import artifact, console, evaluate, experiment, labels, methods, neighbours, profiles, sharding
 from distillery import report as reports
+from distillery import statistics
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
 from distillery.code_version import code_version
@@ -334,14 +335,17 @@ def evaluate_student(
     step = Execution(result_spec(cell, data, teachers, synthetic_in, labels_in), Path(out), checkpoints)
     with step.running() as work:
         if work:
-            result = evaluate.students(
+            images, made = real.load(Path(data)), synthetic.load(Path(synthetic_in))
+            result, predicted = evaluate.students(
                 this,
-                real.load(Path(data)),
+                images,
                 teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
-                synthetic.load(Path(synthetic_in)),
+                made,
                 Path(labels_in),
                 step.track(),
             )
+            evaluate.write_predictions(predicted, images.counts("val"), step.out)
+            result["neighbours"] = neighbours.write(made, images, step.out)
             (step.out / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
             shutil.copyfile(Path(synthetic_in) / "preview.png", step.out / "preview.png")
             found = result["students"]
@@ -359,7 +363,8 @@ def report(source: str, results: list[Folder], out: Folder, code: str = "") -> l
     clear(folder)
     text, _ = experiment.read(source)
     taught = experiment.taught(wanted)
-    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught)
+    ungated = [one.name for one in wanted.every_teacher if not (one.min_accuracy or one.expected_accuracy)]
+    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught, ungated)
     seconds = time.monotonic() - began
     artifact.finish(
         folder,

@@ -26,7 +26,7 @@ LAYERS = (
     {"errors"},
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
-    {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
+    {"evaluate", "labels", "methods", "metrics", "neighbours", "recipes", "report", "statistics", "student", "teacher", "train"},
     {"execution", "experiment", "profiles", "sharding"},
     {"steps"},
     {"estimate", "inspection", "run"},
