@@ -53,7 +53,7 @@ class Manifest:
     meta: Facts  # facts of this kind, the same in every run
     files: dict[str, FileFacts]  # relative path -> size and hash
     code_version: str
-    run: Facts  # seconds, steps (step -> seconds), peaks (step -> bytes; both with upstream's), hardware, versions, created
+    run: Facts  # seconds, steps (step -> seconds), peaks (step -> bytes), hardware, versions, created; with upstream's
     schema: int = SCHEMA
 
     @functools.cached_property

@@ -98,7 +98,8 @@ def peak_memory(compute: Compute | None) -> dict[str, int]:
     """Bytes held at most since `watch_memory`: `ram` of this process, and `gpu` as torch allocated it."""
     found = {"ram": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as lines:
-        found |= {"ram": 1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")}
+        peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        found["ram"] = peaks[0] if peaks else found["ram"]
     if compute and compute.device.type == "cuda" and torch.cuda.is_available():
         found["gpu"] = torch.cuda.max_memory_allocated(compute.device)
     return found

@@ -27,9 +27,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, neighbours, profiles, sharding
+from distillery import (
+    artifact,
+    console,
+    evaluate,
+    experiment,
+    labels,
+    methods,
+    neighbours,
+    profiles,
+    sharding,
+    statistics,
+)
 from distillery import report as reports
-from distillery import statistics
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
 from distillery.code_version import code_version
@@ -44,6 +54,7 @@ from distillery.preview import write_preview
 from distillery.profiles import Wish
 
 Folder = str | Path
+MOST_SHOWN = 100  # classes of a confusion matrix that Kubeflow keeps in its database
 
 
 def plan(source: str, code: str = "", pods: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -355,6 +366,16 @@ def evaluate_student(
     return step.manifest
 
 
+def mistakes(result: Folder) -> list[tuple[list[str], list[list[int]]]]:
+    """The confusion matrix of a result's first student, as classes and counts; none where a table could not hold it."""
+    path = Path(result) / "result.json"
+    names = json.loads(path.read_text())["classes"] if path.exists() else []
+    counts = evaluate.confusion(Path(result), 0, len(names)) if len(names) <= MOST_SHOWN else None
+    if len(set(names)) < len(names):
+        names = [f"{index} {name}" for index, name in enumerate(names)]
+    return [] if counts is None else [(names, counts.tolist())]
+
+
 def report(source: str, results: list[Folder], out: Folder, code: str = "") -> list[str]:
     """Results and failures -> `report` artifact: results.csv, report.md, report.html. Returns the failures."""
     wanted, began, folder = experiment.load(source), time.monotonic(), Path(out)
@@ -364,7 +385,9 @@ def report(source: str, results: list[Folder], out: Folder, code: str = "") -> l
     text, _ = experiment.read(source)
     taught = experiment.taught(wanted)
     ungated = [one.name for one in wanted.every_teacher if not (one.min_accuracy or one.expected_accuracy)]
-    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught, ungated)
+    summary = reports.build(
+        wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught, ungated
+    )
     seconds = time.monotonic() - began
     artifact.finish(
         folder,

@@ -36,7 +36,7 @@ def heat(settings: Mapping[Setting, list[Entry]], classes: Sequence[str], most: 
         columns = [(e, values) for e, values in columns if len(values) == len(classes)]
         if not columns or not classes:
             continue
-        shown = range(len(classes))
+        shown = list(range(len(classes)))
         if len(classes) > MOST_CLASSES:
             ranked = sorted(shown, key=lambda i: -columns[0][1][i])
             shown = [*ranked[:EXTREMES], *ranked[-EXTREMES:]]
@@ -81,8 +81,7 @@ def confusions(
 def _counts(row: Row, folder: Any, classes: int) -> Tensor | None:
     if folder is None or classes < 2:
         return None
-    found = evaluate.confusion(folder, row.place, classes)
-    return found
+    return evaluate.confusion(folder, row.place, classes)
 
 
 def _matrix(entry: Entry, counts: Tensor, classes: Sequence[str]) -> dict[str, Any]:

@@ -31,7 +31,11 @@ def times(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> list[dict[st
             {"ipc": ipc, "method": method, "teacher": teacher, "cells": len(cells), "steps": steps}
             | {"total": sum(s for s in steps if s is not None)}
             | {"made": mean(_rate(rows[0].images, rows[0].seconds.get(TIMED[0])) for rows in cells.values())}
-            | {"seen": mean(_rate(sum(r.views or 0 for r in rows), rows[0].seconds.get(LAST)) for rows in cells.values())}
+            | {
+                "seen": mean(
+                    _rate(sum(r.views or 0 for r in rows), rows[0].seconds.get(LAST)) for rows in cells.values()
+                )
+            }
             | {kind: max((peak[kind] for peak in held if kind in peak), default=None) for kind in ("ram", "gpu")}
         )
     return found

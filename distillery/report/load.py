@@ -175,17 +175,21 @@ def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any], tea
         seen[names] = seen.get(names, 0) + 1
         planned = _planned(cell, names, seen[names] - 1)
         made_by = (teacher["net"], canonical(teacher["net_options"]) if "net_options" in teacher else None)
-        more = {"place": place, "taught_by_own_net": made_by == (names[0], planned["net_options"])}
+        more: dict[str, Any] = {
+            "place": place,
+            "taught_by_own_net": made_by == (names[0], planned["net_options"]) and not several(name),
+        }
         more |= {f"real_{k}": int(v) for k, v in data.get("data", {}).items() if k in ("images", "bytes")}
         rows.append(Row(**common, **planned, **_measured(student), **more, failure=""))
     found = _outcome(cell, tuple(rows), manifest)
-    pictures = {name: folder / f"{name}.png" for name in ("preview", "neighbours")}
+    preview, near = folder / "preview.png", folder / "neighbours.png"
     return replace(
         found,
         classes=tuple(map(str, data["classes"])),
         folder=folder,
-        distances=tuple(float(near["rms"]) for near in data.get("neighbours", ())),
-        **{name: path for name, path in pictures.items() if path.exists()},
+        distances=tuple(float(each["rms"]) for each in data.get("neighbours", ())),
+        preview=preview if preview.exists() else None,
+        neighbours=near if near.exists() else None,
     )
 
 
@@ -308,5 +312,7 @@ def _seconds(manifest: artifact.Manifest) -> dict[str, float]:
 
 def _percent(fraction: float) -> float:
     if not math.isfinite(fraction):
-        raise CorruptArtifact(f"an accuracy is {fraction}, which is no number; delete the result and run its step again")
+        raise CorruptArtifact(
+            f"an accuracy is {fraction}, which is no number; delete the result and run its step again"
+        )
     return 100.0 * float(fraction)

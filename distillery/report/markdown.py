@@ -19,7 +19,7 @@ def markdown(
     notes: Sequence[Note],
     failures: Sequence[Failure],
 ) -> str:
-    """The whole page; names and errors are escaped, because they come from users. `said` is the answer in a sentence."""
+    """The whole page; names and errors are escaped, because they come from users. `said`: the answer."""
     lines = [f"# {escape(name)}", "", *([f"**{escape(said)}**", ""] if said else [])]
     lines += [*(f"- {key}: {escape(value)}" for key, value in facts.items()), ""]
     lines += ["## Leaderboard", ""]

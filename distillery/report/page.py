@@ -215,8 +215,10 @@ def _crossings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             {
                 "title": " \u00b7 ".join(part for part in parts if part),
                 "columns": [f"{student}, {name}" if repeated else student for student, name in columns],
-                "lines": [(m, [(own.get(c), c in own and own[c].mean == best[c]) for c in columns])
-                          for m, own in lines.items()],
+                "lines": [
+                    (m, [(own.get(c), c in own and own[c].mean == best[c]) for c in columns])
+                    for m, own in lines.items()
+                ],
             }
         )
     return found[:MOST_CHARTS]
