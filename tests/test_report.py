@@ -462,7 +462,7 @@ def test_the_answer_is_one_sentence(three_seeds: list[Path], tmp_path: Path) -> 
     report.build("toy", worse, tmp_path / "worse", "v1")
     text = page(tmp_path / "worse").text
     assert "sre2l with 1 image per class reaches 40.0 %" in text
-    assert "1 of 2 methods is better, 10.0 points under random images" in text
+    assert "behind random (50.0 %), 10.0 points under random images" in text
 
 
 def test_weak_evidence_is_named(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def _share(best: Entry) -> str:
 
 
 def _place(best: Entry, group: Sequence[Entry]) -> str:
-    better = sum(e.mean > best.mean for e in group)
+    leader = max(group, key=lambda e: e.mean)
     said = "" if len(group) < 2 else f"the best of {len(group)} methods"
-    if better:
-        said = f"{better} of {len(group)} methods {'is' if better == 1 else 'are'} better"
+    if leader.mean > best.mean:
+        said = f"behind {leader.method} ({leader.mean:.1f} %)"
     if best.to_random is None:
         return said
     beside = f"{abs(best.to_random):.1f} points {'over' if best.to_random >= 0 else 'under'} random images"

@@ -28,14 +28,14 @@ def configuration(outcomes: Sequence[Outcome]) -> str:
 
 def recipes(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Every recipe as it was resolved, name and YAML; then every method's options."""
-    trained = {(f"{row.recipe} recipe, {row.student}, IPC {row.ipc}", row.recipe_values) for row in rows}
-    made = {(f"{row.method} options, IPC {row.ipc}", row.options) for row in rows}
+    trained = {(f"{row.recipe} recipe", row.recipe_values, f"{row.student} at IPC {row.ipc}") for row in rows}
+    made = {(f"{row.method} options", row.options, f"IPC {row.ipc}") for row in rows if row.options != "{}"}
     found: list[tuple[str, str]] = []
     for group in (trained, made):
-        same: dict[str, list[str]] = {}
-        for name, values in sorted(group):
-            same.setdefault(values, []).append(name)
-        found += [(_joined(names), _yaml(values)) for values, names in same.items() if values != "{}"]
+        same: dict[tuple[str, str], list[str]] = {}
+        for name, values, where in sorted(group):
+            same.setdefault((name, values), []).append(where)
+        found += [(f"{name}, {_joined(places)}", _yaml(values)) for (name, values), places in same.items()]
     return found
 
 
@@ -67,7 +67,7 @@ def shortened(text: str) -> str:
 
 
 def _joined(names: Sequence[str]) -> str:
-    return "; ".join(names[:4]) + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _yaml(values: str) -> str:
