@@ -3,24 +3,33 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format compile submit status logs cancel watch lock minio clean
+.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch schedule lock minio kube clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
 MINIO_VERSION := v0.0.0-20260212201848-7aac2a2c5b7c
 MINIO := .tools/bin/minio
+KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds
+KUEUE_VERSION := v0.15.0
+KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36
 
 # A pyenv shim answers `command -v` for a uv that cannot start, so it is asked for its version.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/uv/bin/uv)
 PY := .venv/bin/python
 READY := .venv/.ready
-COMPILE = $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+COMPILE = $(UV) pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet
+
+# What `make image` can be told; an empty value is the default of images/build.py.
+ENGINE := docker
+VARIANT := gpu
+BUILD = python3 -m images.build --engine '$(ENGINE)' --base '$(BASE)' --variant '$(VARIANT)' --network '$(NETWORK)' \
+	--ca '$(CA)' --pip-conf '$(PIP_CONF)' --torch-index '$(TORCH_INDEX)'
 
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with the locked packages (minutes the first time, instant afterwards)
 	@echo "ready: .venv/bin/distillery"
@@ -30,6 +39,11 @@ demo: $(READY) ## run the compiled pipeline on real data on this machine; ends w
 
 test: $(READY) ## run the quick tests; ARGS="-m slow" or ARGS=tests/test_data.py chooses others
 	@$(PY) -m pytest $(ARGS)
+
+test-containers: VARIANT = cpu
+test-containers: $(READY) ## build the image as `image` does and run the compiled pipeline in its containers (needs Docker)
+	@$(BUILD) --tag distillery:test --push ''
+	@$(PY) -m pytest -m containers $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	@$(PY) -m ruff check .
@@ -43,15 +57,24 @@ format: $(READY) ## rewrite the sources in the project's format
 compile: $(READY) ## compile the pipelines to the committed YAML
 	@$(PY) -m pipelines.compile
 
-submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch
-submit status logs cancel watch: $(READY)
+image: ## build the image of the pods; ENGINE=docker|podman BASE= VARIANT=gpu|cpu PUSH=registry/name (docs/images.md)
+	@$(BUILD) --tag '$(TAG)' --push '$(PUSH)'
+	@$(if $(PUSH),$(MAKE) --no-print-directory compile)
+
+submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch, schedule
+submit status logs cancel watch schedule: $(READY)
 	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
-	@$(COMPILE) --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
-	@$(COMPILE) --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
+	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
+	@$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
+	@$(COMPILE) pyproject.toml --extra report --extra digits -c requirements.txt > images/requirements.txt
+	@echo kfp | $(COMPILE) - --no-deps -c requirements.txt >> images/requirements.txt
+	@echo hatchling | $(COMPILE) - -c requirements-dev.txt > images/requirements-build.txt
 
 minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go; about 6 minutes once)
+
+kube: $(KUBE) ## build the Kubernetes API server that ARGS="-m cluster" talks to (needs Go; about 20 minutes once)
 
 clean: ## remove caches and .venv; runs/ and .tools/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist local_outputs
@@ -81,3 +104,17 @@ $(MINIO):
 	@echo "building MinIO $(MINIO_VERSION): about 6 minutes on 2 cores the first time" >&2
 	@mkdir -p $(@D)
 	@GOBIN=$(CURDIR)/$(@D) go install github.com/minio/minio@$(MINIO_VERSION)
+
+# One package at a time: the compiler takes 2 GiB for some of them.
+.tools/bin/kube-apiserver: tests/kube/go.mod
+	@echo "building kube-apiserver: about 20 minutes on 2 cores the first time" >&2
+	@cd tests/kube && go build -p 1 -trimpath -ldflags '$(KUBE_LDFLAGS)' -o $(CURDIR)/$@ k8s.io/kubernetes/cmd/kube-apiserver
+
+.tools/bin/etcd: tests/kube/go.mod
+	@cd tests/kube && go build -trimpath -ldflags '-s -w' -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
+
+# Kueue's objects cannot be checked without its definitions.
+.tools/crds:
+	@mkdir -p $@
+	@found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json sigs.k8s.io/kueue@$(KUEUE_VERSION) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
+	install -m 644 "$$found"/config/components/crd/bases/*.yaml $@/

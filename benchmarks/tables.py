@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distillery import methods
+from distillery import estimate, methods
 from distillery.config import plain
 from distillery.data import DATASETS
 from distillery.methods import METHODS, Method
@@ -31,6 +31,7 @@ RESULTS, PAGES = ROOT / "docs" / "results", ROOT / "docs" / "methods"
 HEAD = ("data set", "teacher", "IPC", "student", "recipe", "method", "last", "best", "seeds", "source")
 RANK = {"rded": 0, "median": 1, "random": 2}
 COSTS = ("cifar10", "imagenette")  # data sets of the cost columns, at IPC 10
+TFLOPS = 20.0  # that the sizing table assumes
 BY_HAND = ("First images", "Loss", "Made together")  # lines of a method's page that the comparison repeats
 Row = dict[str, str]
 Key = tuple[str, ...]
@@ -171,6 +172,22 @@ def cost(name: str, dataset: str) -> str:
     return f"{forwards:,.0f} + {backwards:,.0f}" if backwards else f"{forwards:,.0f}"
 
 
+def sizing() -> str:
+    """What the experiments of docs/sizing cost on the machine that the page assumes: the lines of `distillery plan`."""
+    plans, taught = {}, []
+    for path in sorted((ROOT / "docs" / "sizing").glob("*.yaml")):
+        lines = [line.strip() for line in estimate.table(str(path), TFLOPS).splitlines()]
+        taught.append(", ".join(line.removeprefix("teacher ") for line in lines if line.startswith("teacher ")))
+        plans[path.stem] = {line.split("-")[0]: re.split(r"\s{2,}", line)[1:] for line in lines}
+    found = [["teachers, once", *taught]]
+    for name in METHODS:
+        cells = [plan[name] for plan in plans.values()]
+        found.append([name, *(f"{made} + {trained}, {memory}" for made, trained, memory, *_ in cells)])
+    cells = [plan["random"] for plan in plans.values()]
+    found.append(["images, each method", *(images for *_, images, _ in cells)])
+    return markdown(["synthesize + student, memory", *plans], found)
+
+
 def profiles() -> str:
     """What each part of a run asks for, by hardware profile."""
     lines = [[f"`{name}`", *(str(ask) for ask in vars(row).values())] for name, row in PROFILES.items()]
@@ -214,6 +231,7 @@ def parts() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"results": results("docs/results/"), "methods": summary("docs/methods/")},
         RESULTS / "README.md": {"results": results("")},
         PAGES / "README.md": {"methods": comparison()},
+        ROOT / "docs" / "operations.md": {"sizing": sizing()},
         ROOT / "docs" / "resources.md": {"profiles": profiles(), "constants": constants()},
     }
     for name, method in METHODS.items():

@@ -1,11 +1,32 @@
 """What all components share: the image they run in, the decorator, and what they tell KFP about an artifact."""
 
 import functools
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Dict
 
 from kfp import dsl
 
-IMAGE = "distillery:0.1.0"  # the pipeline's parameter `image` replaces it; a tag must never be pushed twice (cache key)
+# Written by `make image PUSH=...`; the manifests in k8s/ read the same line.
+IMAGE_ENV = Path(__file__).resolve().parent.parent / "k8s" / "image" / "image.env"
+
+
+def image(path: Path = IMAGE_ENV) -> str:
+    """The image that a package names when the pipeline's parameter `image` says nothing else.
+
+    The repository says it in one file. An installed package has no such file, and the image must not have it: each push
+    would change what the next one is built from.
+    """
+    if not path.exists():
+        return f"distillery:{version('distillery')}"
+    text = path.read_text(encoding="utf-8").strip()
+    key, _, value = text.partition("=")
+    if key != "IMAGE" or len(value.split()) != 1:
+        raise ValueError(f"{path} holds {text!r}; it must be one line: IMAGE=name:tag or IMAGE=name@sha256:...")
+    return value
+
+
+IMAGE = image()  # KFP's cache key holds this text and not what it points to: a digest, or a tag that is never reused
 
 
 def facts(manifest: Any) -> Dict[str, Any]:

@@ -37,8 +37,9 @@ def plan(
     cell_gpus: str = "",
     s3_endpoint: str = "",
     s3_region: str = "",
+    checkpoints: str = "",
 ) -> List[dict]:
-    """Check the experiment before anything is spent, expand it, and resolve what each step's pod asks for.
+    """Check the experiment and the store of checkpoints before anything is spent, and resolve what each pod asks for.
 
     `upstream` and `gathering` are what data and teachers depend on: KFP's cache compares these texts, so another method
     or student makes neither again. A loop's pods find their requests in the cells; the others are outputs.
@@ -69,4 +70,4 @@ def plan(
             gather_gpus: teachers["gpus"],
         }
     )
-    return steps.plan(experiment, code_version, asked)
+    return steps.plan(experiment, code_version, asked, checkpoints)

@@ -52,13 +52,14 @@ def plan(
     source: Source,
     changes: Changes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as the pipeline receives them.")] = False,
+    tflops: Annotated[float, typer.Option(min=0.0, help="Assume so many TFLOP/s instead of measuring.")] = 0.0,
 ) -> None:
-    """Print the cells, an estimate of time, memory and bytes on this machine, and what each pod would ask for."""
+    """Print the cells, an estimate of time, memory and bytes (of this machine, or --tflops), and what pods ask for."""
     from distillery import estimate, experiment, steps
 
     source = experiment.override(source, changes or [])
     cells = steps.plan(source, pods={})
-    typer.echo(json.dumps(cells, indent=1) if as_json else f"{estimate.table(source)}\n{estimate.pods(source)}")
+    typer.echo(json.dumps(cells, indent=1) if as_json else f"{estimate.table(source, tflops)}\n{estimate.pods(source)}")
 
 
 @app.command()
@@ -88,6 +89,16 @@ def inspect(
     from distillery import inspection
 
     typer.echo(inspection.describe(folder))
+
+
+@app.command(hidden=True)
+def probe(
+    uri: Annotated[str, typer.Argument(help="A place to write to, read, list and delete.")] = "",
+) -> None:
+    """Say in one line of JSON what this process has, and whether a store may be used from it."""
+    from distillery import probe as surroundings
+
+    typer.echo(json.dumps(surroundings.probe(uri)))
 
 
 @app.command()

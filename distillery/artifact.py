@@ -28,6 +28,7 @@ from distillery.files import disk, sha256_of, sync, write_atomic
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+MAX_MANIFEST, MAX_FILES = 2**26, 200_000  # bytes of a manifest, files of an artifact
 UNLISTED = "checkpoint"  # a folder of unfinished work; it never belongs to an artifact
 PACKAGES = ("torch", "torchvision", "numpy", "safetensors")  # versions that can change a number
 
@@ -182,6 +183,8 @@ def parse(data: bytes, where: str) -> Manifest:
     Raises:
         CorruptArtifact: unreadable, incomplete, newer than this program, or naming files outside its folder.
     """
+    if len(data) > MAX_MANIFEST:
+        raise CorruptArtifact(f"{where} has {len(data)} bytes, more than a manifest can have ({MAX_MANIFEST})")
     try:
         raw = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -198,19 +201,23 @@ def parse(data: bytes, where: str) -> Manifest:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "its content"
         raise CorruptArtifact(f"{where}: {key}: {first['msg']}; delete it and run its step again") from error
+    if len(manifest.files) > MAX_FILES:
+        raise CorruptArtifact(
+            f"{where} lists {len(manifest.files)} files, more than an artifact can have ({MAX_FILES})"
+        )
     for name in manifest.files:
-        if not _inside(name):
+        if not is_inside(name):
             raise CorruptArtifact(f"{where} lists the file {name!r}, which is not a plain path inside the artifact")
     return manifest
 
 
-def find_fault(path: Path, facts: FileFacts) -> str:
-    """What is wrong with a file, in words; empty when it is as its manifest says."""
+def find_fault(path: Path, facts: FileFacts, hashed: bool = True) -> str:
+    """What is wrong with a file, in words; empty when it is as its manifest says (or has that size, if not hashed)."""
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             return f"has {size} bytes, its manifest says {facts['bytes']}"
-        found = sha256_of(path)
+        found = sha256_of(path) if hashed else facts["sha256"]
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
@@ -247,7 +254,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = path.as_posix() == name and "\\" not in name and "\0" not in name
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name != MANIFEST

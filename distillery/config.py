@@ -43,6 +43,7 @@ def _rising(values: tuple[float, float]) -> tuple[float, float]:
 
 
 Area = Annotated[tuple[Fraction, Fraction], AfterValidator(_rising)]
+MAX_TEXT, MAX_VALUES = 2**20, 100_000  # of an experiment: characters, values
 
 
 class Strict(BaseModel):
@@ -260,7 +261,11 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         UserError: not YAML, not a mapping, or a key twice; `where` names the source.
     """
     try:
+        if len(text) > MAX_TEXT:
+            raise UserError(f"{len(text)} characters, more than an experiment can have ({MAX_TEXT})")
         data = yaml.load(text, _NoDuplicates)  # noqa: S506 - a SafeLoader
+        if (count := _expanded(data, {})) > MAX_VALUES:  # a few aliases of aliases can stand for billions of values
+            raise UserError(f"{count} values when its aliases are written out, more than {MAX_VALUES}")
         data = json.loads(json.dumps(data, default=str))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -269,6 +274,16 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a mapping of keys such as name and dataset, got {short(data)}")
     return data
+
+
+def _expanded(data: Any, known: dict[int, int]) -> int:
+    """How many values there are when every alias is written out."""
+    if not isinstance(data, dict | list):
+        return 1
+    if id(data) not in known:
+        inside = data.values() if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_expanded(value, known) for value in inside)
+    return known[id(data)]
 
 
 def parse(model: type[M], data: dict[str, Any], where: str) -> M:

@@ -1,6 +1,7 @@
 """What an experiment will cost on this machine: images through nets, seconds, memory, bytes; printed by `plan`.
 
-Speeds are measured, not assumed: a few small batches of each net on the chosen device, about a second each.
+Speeds are measured: a few small batches of each net on the chosen device, about a second each. For a machine that is
+not this one they are worked out instead, from the operations of each net and the rate that the caller assumes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from distillery import console, experiment, labels, methods, nets, profiles
 from distillery import student as student_module
@@ -30,18 +32,23 @@ class Speed:
     training: float
 
 
-def table(source: str) -> str:
-    """The cells with seconds, label bytes and image bytes, and the totals."""
+def table(source: str, tflops: float = 0.0) -> str:
+    """The cells with seconds, label bytes and image bytes, and the totals.
+
+    Args:
+        source: as `experiment.load` takes it.
+        tflops: sustained TFLOP/s of some other machine; 0 measures this one.
+    """
     wanted = experiment.load(source)
-    compute, cells = choose(wanted.device, wanted.precision), experiment.cells(wanted)
+    cells = experiment.cells(wanted)
     info = DATASETS[wanted.dataset.name]
     size, classes = wanted.dataset.size or info.size, experiment.classes_of(wanted.dataset)
-    speeds = _speeds(wanted, classes, size, compute)
+    speeds, where = _speeds(wanted, cells, classes, size, tflops)
     images = wanted.dataset.per_class * classes or info.train
     taught = {one.name: _teacher_seconds(one, images, speeds) for one in wanted.every_teacher}
     forward = {one.name: speeds[_kind(one)].forward for one in wanted.every_teacher}
     lines = [
-        f"{wanted.name}: {len(cells)} cells on {hardware(compute)}",
+        f"{wanted.name}: {len(cells)} cells on {where}",
         *(f"  {line}" for line in (limits.said(images, info.val, size) if size > TENSOR_SIDE else ())),
         *(f"  teacher {name}: {console.duration(seconds)}" for name, seconds in taught.items()),
         f"  {'cell':34s} {'synthesize':>11s} {'students':>11s} {'memory':>10s} {'images':>10s} {'labels':>10s}",
@@ -105,16 +112,33 @@ def _label_bytes(cell: Cell, classes: int) -> int:
     return sum(labels.stored_bytes(classes * cell.ipc, epochs, classes, cell.labels.top_k) for epochs in soft)
 
 
-def _speeds(wanted: Experiment, classes: int, size: int, compute: Compute) -> dict[str, Speed]:
+def _speeds(
+    wanted: Experiment, cells: list[Cell], classes: int, size: int, tflops: float
+) -> tuple[dict[str, Speed], str]:
+    """The speed of each net, and on what."""
     nets_: dict[str, TeacherConfig | Student] = {_kind(one): one for one in wanted.every_teacher}
-    for cell in experiment.cells(wanted):
+    for cell in cells:
         nets_ |= {_kind(student): student for student in cell.students}
-    return {kind: _speed(one.net, one.net_options, classes, size, compute) for kind, one in nets_.items()}
+    if tflops:
+        assumed = {k: _assumed(one.net, one.net_options, classes, size, tflops) for k, one in nets_.items()}
+        return assumed, f"a machine that sustains {tflops:g} TFLOP/s (assumed)"
+    compute = choose(wanted.device, wanted.precision)
+    measured = {k: _speed(one.net, one.net_options, classes, size, compute) for k, one in nets_.items()}
+    return measured, hardware(compute)
 
 
 def _kind(one: TeacherConfig | Student) -> str:
     """One net with its options, as a key."""
     return json.dumps([one.net, dict(one.net_options)], sort_keys=True)
+
+
+def _assumed(name: str, options: Mapping[str, object], classes: int, size: int, tflops: float) -> Speed:
+    with torch.device("meta"), torch.no_grad():
+        net, one = nets.build(name, classes, size, **options).eval(), torch.zeros(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            net(one)
+    forward = tflops * 1e12 / counter.get_total_flops()
+    return Speed(forward, forward / 3)  # back costs about twice what forth does
 
 
 def _speed(name: str, options: Mapping[str, object], classes: int, size: int, compute: Compute) -> Speed:

@@ -46,6 +46,7 @@ def students(
         done = track.child(f"student-{index}-done")
         kept = done.load(quiet=True)
         if kept is None:
+            training = track.child(f"student-{index}")
             outcome = asdict(
                 student.train(
                     choice.net,
@@ -57,10 +58,11 @@ def students(
                     validation,
                     seed=cell.seed,
                     compute=teacher.compute,
-                    track=track.child(f"student-{index}"),
+                    track=training,
                 )
             )
             done.save({}, outcome)
+            training.clear()  # only now: a kill before this line finds one of the two
         else:
             outcome = kept[1]
         entry = entries[index]

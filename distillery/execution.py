@@ -9,21 +9,20 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distillery import artifact, console
+from distillery.checkpoints import LAST, Checkpoints, Mirror, Place, Vault
 from distillery.code_version import digest
 from distillery.config import Cell, plain
 from distillery.device import Compute, hardware, peak_memory, watch_memory
 from distillery.errors import DistilleryError, UserError
 from distillery.files import disk
 from distillery.track import CHECKPOINT, Track
-
-Copy = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,17 @@ class Execution:
     """A step at work in its output folder; the step's body fills `meta` and `summary`.
 
     `parts` are artifacts from which this one is only put together: a failed one fails it, their seconds are its own.
+    With `checkpoints` the unfinished work and the finished artifact are kept in a store: another machine goes on there.
     """
 
     spec: Spec
     out: Path
-    checkpoints: str = ""
+    checkpoints: Checkpoints = ""
     parts: Sequence[Path] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
+    _vault: Vault | None = field(default=None, init=False)
+    _mirror: Mirror | None = field(default=None, init=False)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[bool]:
@@ -89,32 +91,58 @@ class Execution:
             failed = next((folder for folder, manifest in sources if manifest.kind == "failure"), None)
             if failed is not None:
                 self._pass_on(failed)
-            elif not self._kept():
+            elif not self._kept() and not self._found():
                 self.out.mkdir(parents=True, exist_ok=True)
                 handed = True
                 self._say_device()
                 watch_memory(self.spec.compute)
                 with disk(self.out):
                     yield True
+                self._end_uploads()
                 self._finish(self.spec.kind)
                 self._emit("finished", self.summary)
         except Exception as error:
+            self._end_uploads(LAST)
             self._emit("failed", f"{type(error).__name__}: {error}")
             if self.spec.cell is None or self.spec.cell.stop_on_failure:
                 raise
             self._record(error)
+        finally:
+            self._end_uploads()
+        if self.manifest.kind != "failure" and (vault := self._open_vault()) is not None:
+            vault.push(self.out)
         if not handed:
             yield False
 
     def track(self) -> Track:
-        """Progress and checkpoints of this step; with a checkpoint store, copies live there under the step's key."""
+        """Progress and checkpoints of this step; with a store, its newest checkpoint has been brought here."""
+        folder, every = self.out / CHECKPOINT / self.spec.key, _seconds()
+        if (vault := self._open_vault()) is not None and self._mirror is None:
+            self._mirror = vault.open(folder, lambda: clear(self.out))
+        return Track(self._say, folder, every, self._mirror)
+
+    def _say(self, event: dict[str, Any]) -> None:
         cell = {"cell": self.spec.cell.id} if self.spec.cell else {}
-        folder = self.out / CHECKPOINT / self.spec.key
-        every = _seconds()
-        mirror, restore = _mirrored(self.checkpoints, f"{self.spec.name}-{self.spec.key}", folder)
-        return Track(
-            lambda event: console.emit({"step": self.spec.name} | cell | event), folder, every, mirror, restore
-        )
+        console.emit({"step": self.spec.name} | cell | event)
+
+    def _open_vault(self) -> Vault | None:
+        """The step's share of the store; opening it the first time checks that it may be used."""
+        if self._vault is None and self.checkpoints:
+            place = self.checkpoints
+            if isinstance(place, str):
+                place = Place.below(place, f"{self.spec.name}-{self.spec.key}")
+            self._vault = Vault(place, self._say)
+        return self._vault
+
+    def _end_uploads(self, wait: float = 0.0) -> None:
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
+            mirror.close(wait)
+
+    def _found(self) -> bool:
+        """Whether the store held this very artifact; it lies in the folder now."""
+        vault = self._open_vault()
+        return vault is not None and vault.pull(self.out) and self._kept()
 
     def _kept(self) -> bool:
         """Whether the folder already holds this very artifact."""
@@ -215,11 +243,11 @@ def _is_readable(folder: Path) -> bool:
 
 
 def _seconds() -> float:
-    text = os.environ.get("DISTILLERY_CHECKPOINT_SECONDS") or "20"
+    text = os.environ.get("DISTILLERY_CHECKPOINT_SECONDS") or "30"
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"DISTILLERY_CHECKPOINT_SECONDS is {text!r}; give a number of seconds, like 20") from error
+        raise UserError(f"DISTILLERY_CHECKPOINT_SECONDS is {text!r}; give a number of seconds, like 30") from error
 
 
 def clear(folder: Path) -> None:
@@ -230,22 +258,3 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.is_file():
             path.unlink()
-
-
-def _mirrored(uri: str, prefix: str, folder: Path) -> tuple[Copy | None, Copy | None]:
-    """Functions that copy a checkpoint file to a store and back; none without a store."""
-    if not uri:
-        return None, None
-    from distillery.store import open_store
-
-    store = open_store(uri)
-
-    def name(path: Path) -> str:
-        return f"{prefix}/{path.relative_to(folder).as_posix()}"
-
-    def restore(path: Path) -> None:
-        if store.exists(name(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.fetch(name(path), path)
-
-    return lambda path: store.put(name(path), path), restore

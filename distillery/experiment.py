@@ -16,6 +16,7 @@ import yaml
 from distillery import console, methods, nets, profiles, recipes
 from distillery.code_version import code_version as current_code
 from distillery.config import (
+    MAX_TEXT,
     Cell,
     DatasetConfig,
     Experiment,
@@ -30,6 +31,7 @@ from distillery.config import (
 from distillery.data import DATASETS, prepare
 from distillery.errors import StoreError, UserError, choices, nearest
 from distillery.profiles import Wish
+from distillery.store import MissingKey, check_uri, open_store
 
 MAX_CELLS_BYTES = 100_000  # what KFP passes between steps without trouble
 _KEEP = object()
@@ -54,17 +56,25 @@ def read(source: str) -> tuple[str, str]:
     if "\n" in source or source.lstrip().startswith(("{", "name:")):
         return source, "experiment"
     if source.startswith(("file://", "s3://")):
-        from distillery.store import MissingKey, open_store
-
         folder, _, name = source.rpartition("/")
         try:
-            return open_store(folder).read(name).decode(), source
+            store = open_store(folder)
+            found = next((entry.bytes for entry in store.list(name) if entry.key == name), 0)
+            if found > MAX_TEXT:
+                raise UserError(f"experiment {source}: {found} bytes, more than an experiment can have ({MAX_TEXT})")
+            return store.read(name).decode(), source
         except (MissingKey, UnicodeDecodeError) as error:
             raise UserError(f"experiment {source}: not readable ({error}); give the URI of a YAML file") from error
     known = shipped()
     path = known.get(source, Path(source))
     try:
+        if path.is_file() and path.stat().st_size > MAX_TEXT:
+            raise UserError(
+                f"experiment {source}: {path.stat().st_size} bytes, more than an experiment can have ({MAX_TEXT})"
+            )
         return path.read_text(encoding="utf-8"), str(source)
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"experiment {source!r}: no such file ({error}){nearest(source, known)}; give a path, a file:// or "
@@ -122,6 +132,10 @@ def load(source: str) -> Experiment:
     _known("dataset.name", experiment.dataset.name, DATASETS)
     _known("profile", experiment.profile, profiles.PROFILES)
     _check_teachers(experiment)
+    for key, uri in (("dataset.root", experiment.dataset.root), ("dataset.store", experiment.dataset.store)):
+        _at(key, check_uri, uri)
+    for one in (experiment.teacher, *experiment.teachers):
+        _at("teacher.weights", check_uri, one.weights if one else "")
     for index, student in enumerate(experiment.students):
         _at(f"students[{index}].net", nets.check_net, student.net, dict(student.net_options))
     for index, choice in enumerate(experiment.methods):

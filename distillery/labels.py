@@ -2,7 +2,8 @@
 
 Both modes give the same student: views are drawn again from (seed, epoch, step), the teacher sees the same batches, and
 its logits are rounded to fp16 either way. What is stored is the seed and fp16 logits in the order of presentation
-(`data/label_file.py`): nothing of FKD's boxes, flips and mix partners.
+(`data/label_file.py`): nothing of FKD's boxes, flips and mix partners. A process that continues finds them in the file;
+one on another machine gets them, chunk by chunk, from the checkpoint store.
 
 With `top_k` each view keeps its k largest logits, and one more value for all the others: the logit at which their
 probability at the recipe's temperature, spread evenly, is what it was. This approximates; top_k 0 keeps everything.
@@ -16,7 +17,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ CARD = "labels.json"
 FKD_RECORD = 25  # bytes per view beside the logits: crop box 4 x fp32, flip 1, mix partner int64
 Source = Callable[[int, Batch], Tensor]  # (epoch, batch) -> logits [B, C] float32, rounded to fp16
 Entry = dict[str, Any]
+CHUNK = 2**26  # bytes of labels in one file of the checkpoint
 
 
 def fkd_bytes(images: int, epochs: int, classes: int) -> int:
@@ -79,11 +81,11 @@ def relabel(
         if made[index]["mode"] == "stored":
             path = out / f"student-{index}.safetensors"
             if index >= start.student:
-                _store(path, made[index], student.recipe, synthetic, teacher, start.of(index))
+                start.student, start.done = index, start.done if index == start.student else 0
+                _store(path, made[index], student.recipe, synthetic, teacher, start)
             made[index] = made[index] | {"bytes": path.stat().st_size}
     card = {"mode": config.mode, "seed": seed, "students": made}
     (out / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
-    track.clear()
     total = {key: sum(int(entry[key]) for entry in made) for key in ("bytes", "fkd_bytes")}
     return card | {"label_bytes": total["bytes"], "fkd_bytes": total["fkd_bytes"]}
 
@@ -228,20 +230,48 @@ def _entry(recipe: Recipe, synthetic: Synthetic, teacher: Frozen, seed: int, con
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Position:
-    """Where the labels of a cell stand: the next step of which student; `key` says of which cell."""
+    """Where the labels of a cell stand: the next step of which student; `key` says of which cell.
+
+    `chunks` are the labels that lie in the checkpoint store: student, first row and the row after the last.
+    """
 
     student: int
     done: int
     key: str
     track: Track
-
-    def of(self, student: int) -> _Position:
-        return self if student == self.student else replace(self, student=student, done=0)
+    chunks: list[list[int]] = field(default_factory=list)
 
     def save(self, done: int) -> None:
-        self.track.save({}, {"student": self.student, "done": done, "key": self.key})
+        self.done = done
+        values = {"student": self.student, "done": done, "key": self.key, "chunks": self.chunks}
+        self.track.save({}, values)
+
+    def send(self, arrays: label_file.Arrays, end: int) -> None:
+        """Put the rows up to `end` that are not there yet into the store."""
+        first = max((chunk[2] for chunk in self.chunks if chunk[0] == self.student), default=0)
+        flat = {name: array.reshape(-1, array.shape[-1]) for name, array in arrays.items()}
+        rows = max(1, CHUNK // sum(array.itemsize * array.shape[-1] for array in flat.values()))
+        for start in range(first, end, rows) if self.track.is_sent else ():
+            stop = min(end, start + rows)
+            part = {name: torch.from_numpy(array[start:stop].copy()) for name, array in flat.items()}
+            self._chunk(self.student, start).send(part, {})
+            self.chunks.append([self.student, start, stop])
+
+    def fetch(self, student: int, arrays: label_file.Arrays) -> bool:
+        """Bring the rows that are in the store into the file; False when some are lost."""
+        flat = {name: array.reshape(-1, array.shape[-1]) for name, array in arrays.items()}
+        for _, start, stop in (chunk for chunk in self.chunks if chunk[0] == student):
+            kept = self._chunk(student, start).load(quiet=True, last=True)
+            if kept is None or any(len(kept[0].get(name, ())) != stop - start for name in flat):
+                return False
+            for name, array in flat.items():
+                array[start:stop] = kept[0][name].numpy()
+        return True
+
+    def _chunk(self, student: int, start: int) -> Track:
+        return self.track.child(f"labels-{student}-{start}")
 
 
 def _resume(made: list[Entry], out: Path, track: Track) -> _Position:
@@ -249,12 +279,49 @@ def _resume(made: list[Entry], out: Path, track: Track) -> _Position:
     key = json.dumps(made, sort_keys=True)
     kept = track.load()
     if kept is not None and kept[1]["key"] == key:
-        finished = [f"student-{i}.safetensors" for i in range(kept[1]["student"]) if made[i]["mode"] == "stored"]
-        if all((out / name).is_file() for name in finished):
-            return _Position(kept[1]["student"], kept[1]["done"], key, track)
+        position = _Position(kept[1]["student"], kept[1]["done"], key, track, kept[1]["chunks"])
+        begun = range(min(len(made), position.student + 1))
+        if all(_is_back(made[i], out, i, position) for i in begun if made[i]["mode"] == "stored"):
+            return position
+        track.note("labels made earlier are lost; starting from the first one")
     for path in out.glob("student-*"):
         path.unlink()
     return _Position(0, 0, key, track)
+
+
+def _is_back(entry: Entry, out: Path, student: int, position: _Position) -> bool:
+    """Whether the labels that a student had are in its file: they are, or come from the store."""
+    whole = out / f"student-{student}.safetensors"
+    finished, part = student < position.student, whole.with_suffix(".part")
+    if whole.is_file() and not finished:
+        whole.replace(part)  # the last process ended between the file and the checkpoint that says so
+    if whole.is_file() or not (finished or position.done):
+        return True
+    arrays, fresh = _map(part, entry)
+    if not fresh and not finished:
+        position.chunks[:] = [
+            chunk for chunk in position.chunks if chunk[0] != student
+        ]  # sent again, with what was not
+        return True
+    rows = entry["epochs"] * entry["images"] if finished else _row(entry, position.done)
+    sent = max((chunk[2] for chunk in position.chunks if chunk[0] == student), default=0)
+    if sent < rows or not position.fetch(student, arrays):
+        return False
+    if finished:
+        _flush(arrays)
+        part.replace(whole)
+    return True
+
+
+def _row(entry: Entry, done: int) -> int:
+    """Rows of labels that so many steps make."""
+    count = entry["steps"] // entry["epochs"]
+    epoch, step = divmod(done, count)
+    return int(epoch * entry["images"] + step * entry["images"] // count)
+
+
+def _map(part: Path, entry: Entry) -> tuple[label_file.Arrays, bool]:
+    return label_file.create(part, entry["images"], entry["epochs"], entry["classes"], entry["top_k"])
 
 
 def _store(
@@ -264,18 +331,21 @@ def _store(
     norm = (teacher.mean, teacher.std)
     batches = Batches(synthetic.images_u8, synthetic.labels, recipe, entry["seed"], norm, teacher.compute)
     part, count = path.with_suffix(".part"), len(batches.slices)
-    arrays, fresh = label_file.create(part, entry["images"], entry["epochs"], entry["classes"], entry["top_k"])
-    for done in range(0 if fresh else position.done, entry["steps"]):
+    arrays, _ = _map(part, entry)
+    for done in range(position.done, entry["steps"]):
         epoch, step = divmod(done, count)
         batch = batches.get(epoch, step)
         _write(arrays, epoch, batch, teacher_logits(teacher, batch.x_norm, recipe.teacher_mode), entry)
         position.track.log(done + 1, entry["steps"], student=position.student)
         if position.track.due():
             _flush(arrays)
+            position.send(arrays, _row(entry, done + 1))
             position.save(done + 1)
     _flush(arrays)
+    position.send(arrays, _row(entry, entry["steps"]))
     part.replace(path)
-    position.of(position.student + 1).save(0)
+    position.student += 1
+    position.save(0)
 
 
 def _write(arrays: label_file.Arrays, epoch: int, batch: Batch, logits: Tensor, entry: Entry) -> None:

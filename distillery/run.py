@@ -13,12 +13,14 @@ import functools
 import hashlib
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distillery import artifact, experiment, steps
 from distillery.artifact import Manifest
+from distillery.checkpoints import Checkpoints, Place
 from distillery.config import Experiment
 from distillery.errors import UserError
 from distillery.files import cache_root
@@ -80,61 +82,59 @@ class _Run:
     remote: Store | None
 
     def all(self) -> Done:
-        checkpoints = f"{self.remote.uri}/checkpoints" if self.remote else ""
         cells, every = steps.plan(self.text), steps.plan_teachers(self.text)
         data = self._place("1-data", cells[0]["dataset"]["name"], steps.dataset_spec(self.text).key)
-        self._step(data, lambda out: steps.prepare_data(self.text, out, checkpoints))
+        self._step(data, lambda out, kept: steps.prepare_data(self.text, out, kept))
         steps.check_counts(cells, data)
-        taught = {each["teacher"]: self._teacher(each["teacher"], data, checkpoints) for each in every}
+        taught = {each["teacher"]: self._teacher(each["teacher"], data) for each in every}
         teachers = self._place("2-teachers", "all", steps.teachers_spec(self.text, data, taught).key)
-        self._step(teachers, lambda out: steps.gather_teachers(self.text, data, taught, out, checkpoints))
-        results = [self._cell(cell, data, teachers, checkpoints) for cell in cells]
+        self._step(teachers, lambda out, kept: steps.gather_teachers(self.text, data, taught, out, kept))
+        results = [self._cell(cell, data, teachers) for cell in cells]
         out = self.local / "6-report"
         failures = steps.report(self.text, list(results), out)
         if self.remote is not None:
             self.remote.push(out, "6-report")
         return Done(out, f"{self.remote.uri}/6-report" if self.remote else str(out), failures)
 
-    def _teacher(self, name: str, data: Path, checkpoints: str) -> Path:
+    def _teacher(self, name: str, data: Path) -> Path:
         place = self._place("2-teachers", name, steps.teacher_spec(self.text, name, data).key)
-        self._step(place, lambda out: steps.train_teacher(self.text, name, data, out, checkpoints))
+        self._step(place, lambda out, kept: steps.train_teacher(self.text, name, data, out, kept))
         return place
 
-    def _cell(self, cell: dict[str, Any], data: Path, teachers: Path, checkpoints: str) -> Path:
+    def _cell(self, cell: dict[str, Any], data: Path, teachers: Path) -> Path:
         name = cell["id"]
         synthetic = self._place("3-synthetic", name, steps.synthetic_spec(cell, data, teachers).key)
-        self._step(synthetic, lambda out: self._synthesize(cell, data, teachers, out, checkpoints))
+        self._step(synthetic, lambda out, kept: self._synthesize(cell, data, teachers, out, kept))
         labels = self._place("4-labels", name, steps.labels_spec(cell, synthetic, teachers).key)
-        self._step(labels, lambda out: steps.relabel(cell, synthetic, teachers, out, checkpoints))
+        self._step(labels, lambda out, kept: steps.relabel(cell, synthetic, teachers, out, kept))
         result = self._place("5-students", name, steps.result_spec(cell, data, teachers, synthetic, labels).key)
         made = (data, teachers, synthetic, labels)
-        self._step(result, lambda out: steps.evaluate_student(cell, *made, out, checkpoints))
+        self._step(result, lambda out, kept: steps.evaluate_student(cell, *made, out, kept))
         return result
 
-    def _synthesize(self, cell: dict[str, Any], data: Path, teachers: Path, out: Path, checkpoints: str) -> Manifest:
+    def _synthesize(self, cell: dict[str, Any], data: Path, teachers: Path, out: Path, kept: Checkpoints) -> Manifest:
         """A cell's images at once or, with shards, piece by piece: the same artifact."""
-        if cell["shards"] == 1 or (artifact.is_finished(out) and artifact.read(out).kind == "synthetic"):
-            return steps.synthesize(cell, data, teachers, out, checkpoints)
+        there = isinstance(kept, Place) and open_store(kept.finished).exists(artifact.MANIFEST)
+        whole = artifact.is_finished(out) and artifact.read(out).kind == "synthetic"
+        if cell["shards"] == 1 or there or whole:
+            return steps.synthesize(cell, data, teachers, out, kept)
         made = []
         for piece in steps.pieces(cell):
             key = steps.piece_spec(piece, data, teachers).key
             made.append(self._place("3-synthetic", f"{cell['id']}-piece{piece['shard']}", key))
-            self._step(
-                made[-1], functools.partial(steps.synthesize_piece, piece, data, teachers, checkpoints=checkpoints)
-            )
-        return steps.gather_pieces(cell, data, teachers, made, out, checkpoints)
+            self._step(made[-1], functools.partial(steps.synthesize_piece, piece, data, teachers))
+        return steps.gather_pieces(cell, data, teachers, made, out, kept)
 
     def _place(self, folder: str, name: str, key: str) -> Path:
         return self.local / folder / f"{name}-{key}"
 
-    def _step(self, folder: Path, work: Any) -> None:
-        """Fetch the finished artifact if the store has it, else make it and push it."""
-        key = folder.relative_to(self.local).as_posix()
-        if self.remote is not None and not artifact.is_finished(folder) and self.remote.exists(f"{key}/manifest.json"):
-            self.remote.pull(key, folder)
-        manifest = work(folder)
-        if self.remote is not None and manifest.kind != "failure":
-            self.remote.push(folder, key)
+    def _step(self, folder: Path, work: Callable[[Path, Checkpoints], Manifest]) -> None:
+        """Make an artifact, or fetch it from the run's store if that has it."""
+        if self.remote is None:
+            work(folder, "")
+            return
+        root, name = self.remote.uri, folder.relative_to(self.local).as_posix()
+        work(folder, Place(f"{root}/checkpoints/{name}", f"{root}/{name}", required=True))
 
 
 def _check_report() -> None:

@@ -42,6 +42,7 @@ from distillery import (
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
+from distillery.checkpoints import Checkpoints
 from distillery.code_version import code_version
 from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
@@ -52,23 +53,32 @@ from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
 from distillery.profiles import Wish
+from distillery.store import check_access
 
 Folder = str | Path
 MOST_SHOWN = 100  # classes of a confusion matrix that Kubeflow keeps in its database
 
 
-def plan(source: str, code: str = "", pods: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def plan(
+    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = ""
+) -> list[dict[str, Any]]:
     """The cells of an experiment, as JSON-able dicts.
 
     Args:
         source: see `experiment.read`.
         code: code version to stamp on the cells; default is this package's.
         pods: what was said about pods, see `profiles.Wish`; None where the steps run on this machine.
+        checkpoints: the URI that later steps get; it and the data set's own store are tried before anything is spent.
 
     Raises:
-        UserError: anything wrong with the experiment, or with what was said about pods.
+        UserError: anything wrong with the experiment or with what was said about pods, or a store that may not be
+            written.
+        StoreError: a store that does not answer.
     """
-    return [plain(cell) for cell in experiment.check(source, code, None if pods is None else Wish(**pods))]
+    cells = experiment.check(source, code, None if pods is None else Wish(**pods))
+    for place in {checkpoints, experiment.load(source).dataset.store} - {""}:
+        check_access(place)
+    return [plain(cell) for cell in cells]
 
 
 def plan_teachers(source: str, code: str = "", pods: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -110,7 +120,7 @@ def dataset_spec(source: str) -> Spec:
     return Spec("prepare_data", "dataset", {"dataset": config}, {}, ("data.prepare",), places=places)
 
 
-def prepare_data(source: str, out: Folder, checkpoints: str = "") -> Manifest:
+def prepare_data(source: str, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Real images -> `dataset` artifact: uint8 shards up to 64 px, original photo bytes in tar shards above."""
     step = Execution(dataset_spec(source), Path(out), checkpoints)
     with step.running() as work:
@@ -143,7 +153,7 @@ def teacher_spec(source: str, name: str, data: Folder) -> Spec:
     return Spec("train_teacher", "teacher", config, {"data": Path(data)}, ("teacher",), compute, places=places)
 
 
-def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def train_teacher(source: str, name: str, data: Folder, out: Folder, checkpoints: Checkpoints = "") -> Manifest:
     """Dataset -> `teacher` artifact: trained or given weights; raises when they do not pass the accuracy gate."""
     step = Execution(teacher_spec(source, name, data), Path(out), checkpoints)
     wanted = experiment.teacher_named(experiment.load(source), name)
@@ -178,7 +188,7 @@ def teachers_spec(source: str, data: Folder, teacher_folders: Mapping[str, Folde
 
 
 def gather_teachers(
-    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: str = ""
+    source: str, data: Folder, teacher_folders: Mapping[str, Folder], out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """All teachers, by name -> `teachers` artifact: a folder for each, with the statistics that methods ask for."""
     step = Execution(teachers_spec(source, data, teacher_folders), Path(out), checkpoints)
@@ -210,7 +220,9 @@ def synthetic_spec(cell: dict[str, Any], data: Folder, teachers: Folder, *, work
     return Spec("synthesize", "synthetic", config, inputs, code, compute, this)
 
 
-def synthesize(cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = "") -> Manifest:
+def synthesize(
+    cell: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
+) -> Manifest:
     """Dataset and teachers -> `synthetic` artifact: IPC images per class by the cell's method."""
     this = parse(Cell, cell, "cell")
     step = Execution(synthetic_spec(cell, data, teachers), Path(out), checkpoints)
@@ -241,7 +253,7 @@ def piece_spec(piece: dict[str, Any], data: Folder, teachers: Folder, *, working
 
 
 def synthesize_piece(
-    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    piece: dict[str, Any], data: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Dataset and teachers -> `piece` artifact: one shard of a cell's images."""
     this = parse(Piece, piece, "piece")
@@ -268,7 +280,7 @@ def gather_pieces(
     teachers: Folder,
     piece_folders: Sequence[Folder],
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """All pieces of a cell -> `synthetic` artifact: the one that `synthesize` makes, to the byte."""
     this, parts = parse(Cell, cell, "cell"), [Path(folder) for folder in piece_folders]
@@ -295,7 +307,7 @@ def labels_spec(cell: dict[str, Any], synthetic_in: Folder, teachers: Folder) ->
 
 
 def relabel(
-    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: str = ""
+    cell: dict[str, Any], synthetic_in: Folder, teachers: Folder, out: Folder, checkpoints: Checkpoints = ""
 ) -> Manifest:
     """Synthetic images and teachers -> `labels` artifact: soft labels of every view, or a reference to their maker."""
     this = parse(Cell, cell, "cell")
@@ -339,7 +351,7 @@ def evaluate_student(
     synthetic_in: Folder,
     labels_in: Folder,
     out: Folder,
-    checkpoints: str = "",
+    checkpoints: Checkpoints = "",
 ) -> Manifest:
     """Everything of a cell -> `result` artifact: accuracy last and best of each student trained from scratch."""
     this = parse(Cell, cell, "cell")

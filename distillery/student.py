@@ -86,6 +86,7 @@ def train(
         seed: of weights, order and views.
         compute: device and precision.
         track: progress and checkpoints; a training that continues ends as if it had never stopped (bit for bit on CPU).
+            The caller clears the checkpoint once the outcome is kept.
 
     Raises:
         NonFiniteLoss: the training diverged.
@@ -109,7 +110,6 @@ def train(
             track.log(run.done, run.total, epoch=epoch, accuracy=round(acc, 4))
         if track.due() and run.done < run.total:
             run.save()
-    track.clear()
     last, best = run.curve[-1][1], max(run.full, key=lambda point: (point[1], -point[0]))
     views = recipe.epochs * len(synthetic.labels)
     return Outcome(last, best[1], int(best[0]), run.curve, per_class, views, predicted)

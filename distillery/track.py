@@ -1,28 +1,41 @@
 """The only side effects of a long loop: progress lines, checkpoints, and the guard against NaN.
 
 A loop asks `due()` now and then and hands its state to `save`; a restarted process gets it back from `load`.
-The work lost to a kill is at most the checkpoint interval.
+The work lost to a kill is at most the checkpoint interval. With a store the files also go there, beside the loop
+(`distillery.checkpoints`); a process on another machine finds them in its own folder before it loads.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 
-from distillery.errors import NonFiniteLoss
-from distillery.files import write_atomic
+from distillery.errors import NonFiniteLoss, StoreError
+from distillery.files import disk, sync
 
 Say = Callable[[dict[str, Any]], None]
 CHECKPOINT = "checkpoint"
 FILE = "state.safetensors"
+SHARE = 0.02  # of a loop's time that checkpoints may cost
+
+
+class Remote(Protocol):
+    """Where checkpoint files go besides their folder; both calls return at once."""
+
+    def keep(self, name: str, path: Path) -> None:
+        """Take the file as it is now; the caller may replace or delete it afterwards."""
+
+    def drop(self, name: str) -> None:
+        """Forget that file."""
 
 
 class Track:
@@ -31,23 +44,24 @@ class Track:
     Args:
         say: receives one event (a flat dict) per progress line; the console decides how it looks.
         folder: where the checkpoint lives; None keeps none.
-        every: seconds between checkpoints (and at most this much work is lost to a kill).
-        mirror: called with the checkpoint file after each save, to copy it to an object store.
-        restore: called with the checkpoint path before the first load, to fetch it from there.
+        every: seconds between checkpoints; up to twice that where writing one takes more than 2 % of the time.
+        remote: gets a copy of each checkpoint file.
+        name: the folder's name for `remote`.
     """
 
     def __init__(
         self,
         say: Say | None = None,
         folder: Path | None = None,
-        every: float = 20.0,
-        mirror: Callable[[Path], None] | None = None,
-        restore: Callable[[Path], None] | None = None,
+        every: float = 30.0,
+        remote: Remote | None = None,
+        name: str = "",
     ) -> None:
         self._say, self._every = say, every
         self._file = folder / FILE if folder else None
-        self._mirror, self._restore = mirror, restore
+        self._remote, self._name = remote, f"{name}/{FILE}" if name else FILE
         self._start = self._saved = time.monotonic()
+        self._pause = every
         self._spoke = 0.0
         self._first: tuple[float, int] | None = None
 
@@ -59,7 +73,13 @@ class Track:
     def child(self, name: str) -> Track:
         """A track for one part of the step: the same console, its own checkpoint."""
         folder = self._file.parent / name if self._file else None
-        return Track(self._say, folder, self._every, self._mirror, self._restore)
+        own = self._name.removesuffix(FILE) + name
+        return Track(self._say, folder, self._every, self._remote, own)
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether checkpoints go to a store, where `send` may put what is too large to be saved again and again."""
+        return self._remote is not None
 
     def log(self, done: int, total: int, **values: float | str) -> None:
         """Report progress; at most one line in 5 seconds, and always the last one."""
@@ -81,7 +101,7 @@ class Track:
 
     def due(self) -> bool:
         """Whether the checkpoint interval has passed since the last save."""
-        return self._file is not None and time.monotonic() - self._saved >= self._every
+        return self._file is not None and time.monotonic() - self._saved >= self._pause
 
     def save(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """Write the checkpoint atomically: a kill leaves the old one or the new one, never a mixture.
@@ -95,26 +115,45 @@ class Track:
         """
         if self._file is None:
             return
+        began = time.monotonic()
         lost = next((k for k, v in tensors.items() if k.startswith("net/") and not torch.isfinite(v).all()), "")
         if lost:
             self.finite(math.nan, int(values.get("step", values.get("done", 0))), weight=lost.removeprefix("net/"))
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        write_atomic(self._file, to_bytes(plain, metadata={"values": json.dumps(values)}))
-        if self._mirror is not None:
-            self._mirror(self._file)
+        self._write(self._file, plain, {"values": json.dumps(values)})
+        if self._remote is not None:
+            self._remote.keep(self._name, self._file)
         self._saved = time.monotonic()
+        self._pause = min(2 * self._every, max(self._every, (self._saved - began) / SHARE))
 
-    def load(self, quiet: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def _write(self, path: Path, plain: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        part = path.with_suffix(".part")
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(plain, part, metadata=metadata)
+            except SafetensorError as error:
+                raise StoreError(
+                    f"{path} cannot be written ({error}); free space on that disk, then start again"
+                ) from error
+            if self._remote is None:  # a lost machine's disk helps nobody, and waiting for it costs as much as the rest
+                sync(part)
+            os.replace(part, path)
+
+    def send(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """As `save`, but only for another machine: no file stays here, and without a store nothing is done."""
+        if self._file is not None and self._remote is not None:
+            self.save(tensors, values)
+            self._file.unlink()
+
+    def load(self, quiet: bool = False, last: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The last checkpoint, or None when there is none (or an unreadable one, which is said).
 
         Args:
             quiet: do not say that the work continues.
+            last: it will not be asked for again here: its local copy goes.
         """
-        if self._file is None:
-            return None
-        if self._restore is not None and not self._file.exists():
-            self._restore(self._file)
-        if not self._file.exists():
+        if self._file is None or not self._file.exists():
             return None
         try:
             with safe_open(self._file, framework="pt") as file:
@@ -123,6 +162,8 @@ class Track:
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             self.note(f"checkpoint {self._file} is unreadable ({error}); starting this step from its beginning")
             return None
+        if last:
+            self._file.unlink()
         if not quiet:
             self.note("continuing from a checkpoint")
         return tensors, values
@@ -131,6 +172,8 @@ class Track:
         """Forget the checkpoint (the step has finished)."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+        if self._remote is not None:
+            self._remote.drop(self._name)
 
     def finite(self, loss: float, step: int, **context: float | str) -> None:
         """Stop when a loss is not a number.

@@ -46,7 +46,7 @@ def before_cells(
     Returns:
         The cells, the data, and the teachers side by side.
     """
-    planned = fit(plan(experiment=experiment, **asked, **code), pods)
+    planned = fit(plan(experiment=experiment, checkpoints=store["checkpoints"], **asked, **code), pods)
     said, cells = planned.outputs, planned.outputs["Output"]
     made = prepare_data(experiment=said["upstream"], **store)
     data = fit(made, pods, said["prepare_cpu"], said["prepare_memory"]).outputs["data"]

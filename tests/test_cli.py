@@ -1,5 +1,6 @@
 """What the small commands print."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,15 @@ def test_help_names_the_commands() -> None:
     assert done.returncode == 0
     for command in ("check", "plan", "run", "inspect", "methods"):
         assert command in done.stdout
+
+
+def test_plan_works_times_out_for_another_machine() -> None:
+    published = 2 * 1.814e9  # operations of a ResNet-18 at 224 px; torchvision counts multiply-adds
+    speed = estimate._assumed("resnet18", {}, 1000, 224, tflops=1.0)
+    assert speed.forward == pytest.approx(1e12 / published, rel=0.01)
+    assert speed.training == pytest.approx(speed.forward / 3)
+    slow, fast = (estimate.table("cifar10_fair", tflops) for tflops in (0.1, 0.2))
+    assert "sustains 0.1 TFLOP/s (assumed)" in slow
+    hours = [re.search(r"together about (\d+)h (\d+)m", text) for text in (slow, fast)]
+    minutes = [60 * int(found[1]) + int(found[2]) for found in hours if found]
+    assert minutes[0] == pytest.approx(2 * minutes[1], abs=2)

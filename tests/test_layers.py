@@ -39,9 +39,9 @@ LAYERS = (
         "teacher",
         "train",
     },
-    {"execution", "experiment", "profiles", "sharding"},
+    {"checkpoints", "execution", "experiment", "profiles", "sharding"},
     {"steps"},
-    {"estimate", "inspection", "run"},
+    {"estimate", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -253,7 +253,10 @@ def test_sources_are_ascii() -> None:
     assert not offences, offences
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+LOCKS = ["requirements.txt", "requirements-dev.txt", "images/requirements.txt", "images/requirements-build.txt"]
+
+
+@pytest.mark.parametrize("name", LOCKS)
 def test_locked_requirements_are_hashed_and_name_no_index(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^[a-zA-Z].*(?:\n +--hash=sha256:[0-9a-f]{64}(?: \\)?)+", text, re.MULTILINE)

@@ -241,7 +241,6 @@ def test_killed_training_ends_as_if_never_stopped(
         with pytest.raises(Killed):
             train(wanted, Dying(folder, at, pace=2), net=net)
         assert train(wanted, Track(folder=folder), net=net) == whole
-        assert not list(tmp_path.rglob("*.safetensors"))  # nothing is left behind
 
 
 def test_dropout_is_part_of_the_seed(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distillery import track as track_module
 from distillery.errors import NonFiniteLoss, UserError
 from distillery.track import FILE, Track
 
@@ -40,18 +41,52 @@ def test_a_child_keeps_its_own_checkpoint(tmp_path: Path) -> None:
     assert track.child("two").load() is None
 
 
-def test_a_mirror_restores_a_lost_checkpoint(tmp_path: Path) -> None:
-    far: dict[str, bytes] = {}
+class Far:
+    """What a store was given, and what it was told to forget."""
 
-    def mirror(path: Path) -> None:
-        far[path.name] = path.read_bytes()
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.dropped: list[str] = []
 
-    def restore(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(far[path.name])
+    def keep(self, name: str, path: Path) -> None:
+        self.files[name] = path.read_bytes()
 
-    Track(None, tmp_path / "a", 0.0, mirror, restore).save({}, {"step": 8})
-    assert (Track(None, tmp_path / "b", 0.0, mirror, restore).load() or (0, 0))[1] == {"step": 8}
+    def drop(self, name: str) -> None:
+        self.dropped.append(name)
+
+
+def test_a_store_gets_every_checkpoint_under_its_place(tmp_path: Path) -> None:
+    far = Far()
+    track = Track(None, tmp_path, 0.0, far)
+    part = track.child("part").child("inner")
+    track.save({}, {"step": 8})
+    part.send({"rows": torch.zeros(3)}, {})
+    part.clear()
+    assert set(far.files) == {FILE, f"part/inner/{FILE}"}
+    assert (tmp_path / FILE).read_bytes() == far.files[FILE]
+    assert not (tmp_path / "part" / "inner" / FILE).exists()
+    assert far.dropped == [f"part/inner/{FILE}"]
+
+
+def test_what_is_only_for_a_store_is_not_written_without_one(tmp_path: Path) -> None:
+    track = Track(None, tmp_path, 0.0)
+    track.send({"rows": torch.zeros(3)}, {})
+    assert not track.is_sent
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slow_checkpoints_come_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that takes 1 s to write waits 50 s, one of 10 s twice the interval and no longer."""
+    now = [0.0]
+    monkeypatch.setattr(track_module.time, "monotonic", lambda: now[0])
+    for cost, wait in ((0.1, 30.0), (1.0, 50.0), (10.0, 60.0)):
+        track = Track(folder=tmp_path, every=30.0)
+        monkeypatch.setattr(Track, "_write", lambda *_, cost=cost: now.__setitem__(0, now[0] + cost))
+        track.save({}, {})
+        now[0] += wait - 0.01
+        assert not track.due()
+        now[0] += 0.02
+        assert track.due()
 
 
 def test_progress_is_throttled_but_the_last_line_always_comes() -> None:

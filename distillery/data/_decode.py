@@ -36,6 +36,7 @@ EXTENSIONS = {
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif"
 SUFFIXES = frozenset(_SUFFIXES.split())
 MAX_RATIO = 100  # a side ratio beyond this is no photo, and resizing its short side would need gigabytes
+MAX_PIXELS = 100_000_000  # 300 MB decoded; a few bytes can claim more than any memory holds
 WHITE = (255, 255, 255, 255)
 
 
@@ -89,6 +90,8 @@ def _formats() -> list[str]:
 
 
 def _check_shape(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Unreadable(f"{image.width} x {image.height} px: more than {MAX_PIXELS} pixels")
     short, long = sorted(image.size)
     if long > MAX_RATIO * short:
         raise Unreadable(f"{image.width} x {image.height} px: one side is more than {MAX_RATIO} times the other")

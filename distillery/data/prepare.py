@@ -57,7 +57,6 @@ def prepare(cfg: DatasetConfig, out: Path, track: Track) -> dict[str, Any]:
     _check_counts(cfg, items.classes, state)
     facts = _facts(info, size, kind, items.classes)
     _write_index(out, facts, cfg.store if kind == "photos" else "", state)
-    track.clear()
     return facts | _totals(state)
 
 

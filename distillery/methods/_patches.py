@@ -224,7 +224,7 @@ def select(
 ) -> Patches:
     """Select and tile patches of each class: the most realistic ones, or those around the median of the ranking.
 
-    The caller clears the checkpoint.
+    The checkpoint stays: the images made of it are not written yet.
 
     Raises:
         UserError: not enough patches, or a teacher for other data.

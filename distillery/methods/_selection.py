@@ -137,7 +137,7 @@ def score_all(work: Sequence[Unit], score: Callable[[Unit], Tensor], track: Trac
     """Score every unit, with progress and checkpoints.
 
     The scores are all the state there is, so a restart costs the units since the last checkpoint and changes nothing.
-    The caller clears the checkpoint once its images are made.
+    The checkpoint stays: the images made of it are not written yet.
 
     Args:
         work: units in class order.
@@ -173,7 +173,7 @@ def around_medians(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The `ipc` real images of each class around the median of the teacher's probabilities.
 
-    The caller clears the checkpoint.
+    The checkpoint stays: the images made of it are not written yet.
 
     Returns:
         By class: the places of the chosen images, nearest to the median first, and the scores of all its images.

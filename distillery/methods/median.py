@@ -67,7 +67,6 @@ def synthesize(
     check(cfg, ipc=ipc, size=real.size, per_class=counts)
     chosen, scores = _selection.around_medians(real, teacher, classes, ipc, track)
     images = _selection.by_class(real)
-    track.clear()
     return Synthetic(
         torch.cat([augment.centre_crop(images[cls][chosen[cls]], real.size) for cls in classes]).contiguous(),
         torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc),

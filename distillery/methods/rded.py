@@ -71,7 +71,6 @@ def synthesize(
     """
     classes = [group.classes[0] for group in part]
     found = _patches.select("rded", cfg, real, teacher, ipc=ipc, seed=seed, classes=classes, track=track)
-    track.clear()
     labels = torch.tensor(classes, dtype=torch.int64).repeat_interleave(ipc)
     extras = {"sources": found.sources, "boxes": found.boxes, "scores": found.scores}
     return Synthetic(found.images_u8, labels, extras)

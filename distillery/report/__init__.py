@@ -111,10 +111,15 @@ def _facts(
         "Cells": f"{len(outcomes) - failed} of {len(outcomes)} finished" if outcomes else "none",
         "Time": duration(_seconds(outcomes)) if outcomes else "",
         "Hardware": "; ".join(sorted({o.hardware for o in outcomes if o.hardware})),
-        "Finished": max((o.created for o in outcomes), default="")[:16].replace("T", " "),
+        "Finished": _moment(max((o.created for o in outcomes), default="")),
         "Code": code_version,
     }
     return {key: value for key, value in facts.items() if value}
+
+
+def _moment(created: str) -> str:
+    """`2026-11-21T17:27:03+00:00` for people; manifests are dated in UTC."""
+    return f"{created[:16].replace('T', ' ')} UTC" if created else ""
 
 
 def _seconds(outcomes: Sequence[Outcome]) -> float:

@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from distillery.errors import StoreError, UserError, nearest
-from distillery.store._base import Entry, MissingKey, Progress, Store
+from distillery.store._base import Entry, MissingKey, Progress, Store, hidden
 from distillery.store.local import LocalStore
 
-__all__ = ["Entry", "MissingKey", "Progress", "Store", "check_access", "open_store"]
+__all__ = ["Entry", "MissingKey", "Progress", "Store", "check_access", "check_uri", "open_store"]
 
 SCHEMES = ("file", "s3")
 PROBE_SECONDS = 10.0  # a check before the work should not take the patience of the work
@@ -35,13 +35,13 @@ def open_store(uri: str | Path, patience: float = 0.0) -> Store:
     Raises:
         UserError: another scheme, no bucket, bad settings in the environment, or minio is not installed.
     """
-    text = str(uri)
+    text = str(uri) if isinstance(uri, Path) else check_uri(uri)
     scheme, colon, rest = text.partition(":")
     if isinstance(uri, Path) or not colon or not (rest.startswith("//") or scheme in SCHEMES):
         return LocalStore(Path(uri))
     if scheme not in SCHEMES or not rest.startswith("//"):
         raise UserError(
-            f"{text!r} is not a place to store things{nearest(scheme, SCHEMES)}; "
+            f"{hidden(text)!r} is not a place to store things{nearest(scheme, SCHEMES)}; "
             "allowed: a path, file:///path, s3://bucket/prefix"
         )
     if scheme == "file":
@@ -53,6 +53,21 @@ def open_store(uri: str | Path, patience: float = 0.0) -> Store:
             raise
         raise UserError(f"{text!r} needs the minio package: pip install minio") from error
     return S3Store(text, patience)
+
+
+def check_uri(uri: str) -> str:
+    """The URI itself, if nobody can read credentials in it.
+
+    Raises:
+        UserError: it has a user or a password in it; they are not shown.
+    """
+    _, colon, rest = uri.partition("://")
+    if colon and "@" in rest.partition("/")[0]:
+        raise UserError(
+            f"{hidden(uri)!r} carries credentials, which whoever reads parameters and logs would have: give them as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, on a cluster from a secret, and write s3://bucket/prefix"
+        )
+    return uri
 
 
 def check_access(uri: str | Path) -> None:
