@@ -77,7 +77,7 @@ def students(
         "cell": {"id": cell.id, "dataset": cell.dataset.name, "method": cell.method, "ipc": cell.ipc}
         | {"seed": cell.seed, "options": cell.options, "labels": cell.labels.mode, "name": cell.name},
         "teacher": {"net": teacher.card.net, "accuracy": teacher.card.accuracy}
-        | {"net_options": teacher.card.net_options, "classes": len(teacher.card.classes)},
+        | {"net_options": teacher.card.net_options},
         "data": {"images": sum(counts), "bytes": sum(counts) * 3 * real.size**2, "validation": len(validation[1])},
         "classes": list(real.classes),
         "students": found,

@@ -39,9 +39,9 @@ LAYERS = (
         "teacher",
         "train",
     },
-    {"checkpoints", "execution", "experiment", "profiles", "sharding"},
+    {"checkpoints", "execution", "experiment", "history", "profiles", "regress", "sharding"},
     {"steps"},
-    {"estimate", "inspection", "probe", "run"},
+    {"compare", "estimate", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

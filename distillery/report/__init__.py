@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from distillery.report import table
 from distillery.report.answer import answer
 from distillery.report.load import SHARED, Failure, Outcome, Row, load, reached, shared_seconds
 from distillery.report.markdown import markdown
-from distillery.report.notes import weaknesses
+from distillery.report.notes import Past, past, weaknesses
 from distillery.report.table import Entry
 from distillery.report.words import duration
 
@@ -23,7 +23,8 @@ class Summary:
     """What the run reached, as plain values.
 
     `leaderboard` holds one mapping per entry, accuracies in percent and distances in points; `metrics` holds named
-    finite numbers for dashboards; `failures` says in one line each which cell failed, where and why.
+    finite numbers for dashboards; `failures` says in one line each which cell failed, where and why. `regressions` says
+    what is worse than in the run before, `previous`, as in `history.Record`.
     """
 
     experiment: str
@@ -31,6 +32,8 @@ class Summary:
     failures: list[str]
     leaderboard: list[dict[str, Any]]
     metrics: dict[str, float]
+    previous: str = ""
+    regressions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build(
@@ -41,6 +44,7 @@ def build(
     config: str = "",
     teachers: Mapping[str, str] | None = None,
     ungated: Sequence[str] = (),
+    before: Past | None = None,
 ) -> Summary:
     """Write results.csv, report.md, report.html and summary.json into `out`.
 
@@ -52,6 +56,7 @@ def build(
         config: the experiment as its author wrote it, shown on the page; "" shows what the cells were given.
         teachers: what a cell's teachers are called, by the cell's id; without, by their nets.
         ungated: teachers from which the experiment demands no accuracy.
+        before: how the run stands beside the one before it; None where no history is kept.
 
     Returns:
         The content of summary.json.
@@ -62,7 +67,8 @@ def build(
     rows = sorted((row for outcome in outcomes for row in outcome.rows), key=table.order)
     entries = table.leaderboard(rows)
     failures = [o.failure for o in outcomes if o.failure]
-    notes = weaknesses(entries, outcomes, ungated)
+    before = before or Past()
+    notes = [*past(before), *weaknesses(entries, outcomes, ungated)]
     said = answer(entries, _seconds(outcomes))
     facts = _facts(outcomes, rows, entries, code_version)
     summary = Summary(
@@ -70,7 +76,9 @@ def build(
         code_version=code_version,
         failures=[_line(failure) for failure in failures],
         leaderboard=[table.scalars(entry) for entry in entries],
-        metrics=_metrics(entries, outcomes),
+        metrics=_metrics(entries, outcomes) | dict(before.metrics),
+        previous=before.run,
+        regressions=[dict(found) for found in before.regressions],
     )
     shown = config or provenance.configuration(outcomes)
     report = page.Report(experiment_name, facts, said, entries, notes, outcomes, failures, shown)
