@@ -34,6 +34,7 @@ from distillery import (
     experiment,
     labels,
     methods,
+    neighbours,
     profiles,
     regress,
     sharding,
@@ -58,6 +59,7 @@ from distillery.report.notes import Past
 from distillery.store import check_access
 
 Folder = str | Path
+MOST_SHOWN = 100  # classes of a confusion matrix that Kubeflow keeps in its database
 
 
 def plan(
@@ -359,14 +361,17 @@ def evaluate_student(
     step = Execution(result_spec(cell, data, teachers, synthetic_in, labels_in), Path(out), checkpoints)
     with step.running() as work:
         if work:
-            result = evaluate.students(
+            images, made = real.load(Path(data)), synthetic.load(Path(synthetic_in))
+            result, predicted = evaluate.students(
                 this,
-                real.load(Path(data)),
+                images,
                 teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
-                synthetic.load(Path(synthetic_in)),
+                made,
                 Path(labels_in),
                 step.track(),
             )
+            evaluate.write_predictions(predicted, images.counts("val"), step.out)
+            result["neighbours"] = neighbours.write(made, images, step.out)
             (step.out / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
             shutil.copyfile(Path(synthetic_in) / "preview.png", step.out / "preview.png")
             found = result["students"]
@@ -375,6 +380,16 @@ def evaluate_student(
             step.meta["images_sha256"] = step.spec.sources["synthetic"].files[synthetic.FILE]["sha256"]
             step.summary = ", ".join(f"{s['net']}/{s['recipe']} {100 * s['acc_last']:.2f} %" for s in found)
     return step.manifest
+
+
+def mistakes(result: Folder) -> list[tuple[list[str], list[list[int]]]]:
+    """The confusion matrix of a result's first student, as classes and counts; none where a table could not hold it."""
+    path = Path(result) / "result.json"
+    names = json.loads(path.read_text())["classes"] if path.exists() else []
+    counts = evaluate.confusion(Path(result), 0, len(names)) if len(names) <= MOST_SHOWN else None
+    if len(set(names)) < len(names):
+        names = [f"{index} {name}" for index, name in enumerate(names)]
+    return [] if counts is None else [(names, counts.tolist())]
 
 
 def report(
@@ -406,10 +421,11 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     text, _ = experiment.read(source)
+    ungated = [one.name for one in wanted.every_teacher if not (one.min_accuracy or one.expected_accuracy)]
     taught, folders, code = experiment.taught(wanted), [Path(r) for r in results], code or code_version()
     record = histories.of(wanted, text, folders, code=code, run=run, schedule=schedule)
     record, before = _entered(record, history)
-    summary = reports.build(wanted.name, folders, folder, code, text, taught, before)
+    summary = reports.build(wanted.name, folders, folder, code, text, taught, ungated, before)
     (folder / histories.FILE).write_bytes(record.json())
     seconds = time.monotonic() - began
     artifact.finish(

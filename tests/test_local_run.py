@@ -19,6 +19,7 @@ from rich.console import Console
 import components
 from distillery import artifact, run
 from distillery.console import emit
+from distillery.data import real
 from distillery.history import History, whole
 from pipelines import demo, local_run
 from pipelines.compile import SHARDED
@@ -73,13 +74,18 @@ def by_hand(folder: Path) -> dict[str, Path]:
     teachers = dsl.Model(uri=str(at["gather_teachers"]))
     made, labels = dsl.Dataset(uri=str(at["synthesize"])), dsl.Artifact(uri=str(at["relabel"]))
     result, metrics = dsl.Artifact(uri=str(at["evaluate_student"])), dsl.Metrics()
+    confusion = dsl.ClassificationMetrics()
     components.prepare_data.python_func((folder / "upstream").read_text(), data)
     components.train_teacher.python_func(wanted, data, teacher)
     components.gather_teachers.python_func(gathering, data, [teacher], teachers)
     components.synthesize.python_func(cell, data, teachers, made)
     components.relabel.python_func(cell, made, teachers, labels)
-    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
-    assert metrics.metadata["acc_last_0_convnet1_fair_soft_epochs_3"] > 0
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics, confusion)
+    assert metrics.metadata["accuracy rded ipc2 convnet1 fair-soft epochs 3"] > 0
+    assert metrics.metadata["ram bytes synthesize"] > 1e6
+    matrix = confusion.metadata["confusionMatrix"]
+    assert [each["displayName"] for each in matrix["annotationSpecs"]] == [str(digit) for digit in range(10)]
+    assert sum(sum(row["row"]) for row in matrix["rows"]) == sum(real.load(at["prepare_data"]).counts("val"))
     return at
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from distillery.methods import REPRODUCED
 from distillery.report.load import Outcome
 from distillery.report.table import MIN_SEEDS, TIE, Entry, Setting, by_setting
 
@@ -65,22 +66,36 @@ def past(before: Past) -> list[Note]:
     return [note for note in found if note.where]
 
 
-def weaknesses(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> list[Note]:
-    """Notes in order of weight; an empty list where nothing needs saying."""
+def weaknesses(entries: Sequence[Entry], outcomes: Sequence[Outcome], ungated: Sequence[str] = ()) -> list[Note]:
+    """Notes in order of weight; an empty list where nothing needs saying.
+
+    Args:
+        entries: the leaderboard.
+        outcomes: all cells.
+        ungated: teachers from which no accuracy was demanded.
+    """
+    unproven = sorted({e.rows[0].method for e in entries if not e.baseline} - set(REPRODUCED))
     lone = [
         title(s) for s, group in by_setting(entries).items() if not any(e.rows[0].method == "random" for e in group)
     ]
     tied = f"within {TIE} points, or within two standard errors of it; not a difference"
     found = [
+        _note("Worse than random real images, beyond the noise", entries, lambda e: e.tie is False and _below(e)),
         _note("Inside the noise: the distance to random is " + tied, entries, lambda e: e.tie is True),
         _note("One seed: no spread is known, so no difference to it can be judged", entries, lambda e: e.n == 1),
         _note(f"Fewer than {MIN_SEEDS} seeds: the spread is a guess", entries, lambda e: 1 < e.n < MIN_SEEDS),
         _note(f"The best epoch differs from the last by more than {TIE} points", entries, _peaked),
         Note("No random baseline in this block, so the distance to it is unknown", _short(lone)),
+        Note("No accuracy was demanded of the teacher (min_accuracy, expected_accuracy)", _short(ungated)),
+        Note("The published accuracy of these methods was not reproduced with this code so far", _short(unproven)),
         _mixed("code version", sorted({o.code_version for o in outcomes if o.code_version})),
         _mixed("hardware", sorted({o.hardware for o in outcomes if o.hardware})),
     ]
     return [note for note in found if note.where]
+
+
+def _below(entry: Entry) -> bool:
+    return entry.to_random is not None and entry.to_random < 0
 
 
 def _peaked(entry: Entry) -> bool:
