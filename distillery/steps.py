@@ -63,7 +63,7 @@ MOST_SHOWN = 100  # classes of a confusion matrix that Kubeflow keeps in its dat
 
 
 def plan(
-    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = ""
+    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = "", history: str = ""
 ) -> list[dict[str, Any]]:
     """The cells of an experiment, as JSON-able dicts.
 
@@ -71,7 +71,9 @@ def plan(
         source: see `experiment.read`.
         code: code version to stamp on the cells; default is this package's.
         pods: what was said about pods, see `profiles.Wish`; None where the steps run on this machine.
-        checkpoints: the URI that later steps get; it and the data set's own store are tried before anything is spent.
+        checkpoints: the URI that later steps get; it, `history` and the data set's own store are tried before anything
+            is spent.
+        history: the URI that `report` gets.
 
     Raises:
         UserError: anything wrong with the experiment or with what was said about pods, or a store that may not be
@@ -79,7 +81,7 @@ def plan(
         StoreError: a store that does not answer.
     """
     cells = experiment.check(source, code, None if pods is None else Wish(**pods))
-    for place in {checkpoints, experiment.load(source).dataset.store} - {""}:
+    for place in {checkpoints, history, experiment.load(source).dataset.store} - {""}:
         check_access(place)
     return [plain(cell) for cell in cells]
 

@@ -26,7 +26,7 @@ def distill(  # docs/resources.md says what each one is
     asked = {"profile": profile, "data_cpu": data_cpu, "data_memory": data_memory}
     asked.update(teacher_cpu=teacher_cpu, teacher_memory=teacher_memory, teacher_gpus=teacher_gpus)
     asked.update(cell_cpu=cell_cpu, cell_memory=cell_memory, cell_gpus=cell_gpus)
-    cells, data, teachers = before_cells(experiment, pods, code, store, asked)
+    cells, data, teachers = before_cells(experiment, pods, code, store, asked, history)
     known = {"data": data, "teachers": teachers, "attempt": attempt, **vars(pods), **store}
     with dsl.ParallelFor(cells, parallelism=CELLS_AT_ONCE) as c:
         one = cell(cell=c, **pods_of(c, "synthesize", "relabel", "evaluate_student"), **known)
