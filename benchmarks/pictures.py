@@ -54,7 +54,8 @@ def caption(method: str, manifest: artifact.Manifest) -> str:
     changed = {k: v for k, v in manifest.config["options"].items() if usual.get(k) != v}
     told = "".join(f", {key} {value}" for key, value in changed.items())
     names = ", ".join(manifest.meta["classes"][:COLUMNS])
-    return f"{dataset}, IPC {manifest.config['ipc']}, seed {manifest.config['seed']}{told}; classes from left to right: {names}"
+    made = f"IPC {manifest.config['ipc']}, seed {manifest.config['seed']}{told}"
+    return f"{dataset}: {made}; classes from left to right: {names}"
 
 
 def shown(method: str) -> str:
@@ -64,7 +65,7 @@ def shown(method: str) -> str:
         return "No picture yet."
     with Image.open(path) as picture:
         said = picture.info[CAPTION]
-    return f"![Synthetic images of {method}](images/{path.name})\n\n{said[0].upper()}{said[1:]}."
+    return f"![Synthetic images of {method}](images/{path.name})\n\nFrom a run on {said}."
 
 
 def _picture(image_u8: torch.Tensor) -> Image.Image:

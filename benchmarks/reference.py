@@ -103,7 +103,7 @@ def limits(marks: tuple[Any, ...]) -> str:
 def default(key: str, field: Any) -> str:
     """A default as it is written in YAML."""
     if field.default is PydanticUndefined:
-        return "**required**"
+        return "**required**" if key != "name" or field.annotation is not str else "the preset's"
     value = field.default
     if isinstance(value, BaseModel):
         return "its own"
@@ -127,9 +127,14 @@ def nets() -> Iterator[tuple[str, ...]]:
         names = [f"`{name}`" for name, own in NETS.items() if own is family]
         deeper = [f"any `{names[0].strip('`')[:-1]}<depth>`"] if family is convnet else []
         hints = inspect.get_annotations(family.Options, eval_str=True)
-        said = [f"`{key}`: {kind(hints[key])}; {default(key, field)}" for key, field in family.Options.model_fields.items()]
+        said = [
+            f"`{key}`: {kind(hints[key])}; {default(key, field)}" for key, field in family.Options.model_fields.items()
+        ]
         yield ", ".join([*names, *deeper]), "<br>".join(said) or "none"
-    yield "any classification model of torchvision, such as `resnet50`, `mobilenet_v2`, `swin_v2_t`", "torchvision's own"
+    yield (
+        "any classification model of torchvision, such as `resnet50`, `mobilenet_v2`, `swin_v2_t`",
+        "torchvision's own",
+    )
 
 
 def presets() -> Iterator[tuple[str, ...]]:
@@ -148,7 +153,10 @@ def tables() -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
     """The parts of docs/experiment.md: heading and lines of each table."""
     head = ("key", "value", "default", "meaning")
     found = {name: (head, keys(model)) for name, model in MODELS.items()}
-    found["datasets"] = (("name", "classes", "training + test images", "side", "where it is expected"), list(data_sets()))
+    found["datasets"] = (
+        ("name", "classes", "training + test images", "side", "where it is expected"),
+        list(data_sets()),
+    )
     found["nets"] = (("name", "options"), list(nets()))
     found["presets"] = (("preset", "from", *(f"on {name}" for name in LOOKED_AT)), list(presets()))
     return found

@@ -136,7 +136,7 @@ class Recipe(Strict):
     temperature: Positive = 20.0  # of the KL
     kl_t2: bool = False  # multiply the KL by temperature squared
     ce_weight: Weight = 0.0  # gamma of MSE + gamma CE
-    teacher_mode: Literal["eval", "bssl", "train"] = "eval"  # see `labels`: which statistics its BatchNorm has
+    teacher_mode: Literal["eval", "bssl", "train"] = "eval"  # how its BatchNorm normalises while it labels
     bn_momentum: Fraction = 0.1  # of the student's BatchNorm
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a running mean of the weights; 0 = off
     views: ViewPolicy = ViewPolicy()  # augmentation
