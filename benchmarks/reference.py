@@ -43,8 +43,9 @@ SHOWN = ("epochs", "batch", "optimizer", "lr", "loss")
 def keys(model: type[Strict]) -> list[tuple[str, ...]]:
     """The keys of a model: name, value, default, meaning."""
     hints, said = inspect.get_annotations(model, eval_str=True), meanings(model)
+    taken = {"name": "the preset's"} if model is config.Recipe else {}
     return [
-        (f"`{key}`", kind(hints[key]), default(key, field), said[key].replace("|", "\\|"))
+        (f"`{key}`", kind(hints[key]), taken.get(key) or default(field), said[key].replace("|", "\\|"))
         for key, field in model.model_fields.items()
     ]
 
@@ -100,10 +101,10 @@ def limits(marks: tuple[Any, ...]) -> str:
     return f", from {low:g}" if low is not None else f", above {above:g}" if above is not None else ""
 
 
-def default(key: str, field: Any) -> str:
+def default(field: Any) -> str:
     """A default as it is written in YAML."""
     if field.default is PydanticUndefined:
-        return "**required**" if key != "name" or field.annotation is not str else "the preset's"
+        return "**required**"
     value = field.default
     if isinstance(value, BaseModel):
         return "its own"
@@ -127,9 +128,7 @@ def nets() -> Iterator[tuple[str, ...]]:
         names = [f"`{name}`" for name, own in NETS.items() if own is family]
         deeper = [f"any `{names[0].strip('`')[:-1]}<depth>`"] if family is convnet else []
         hints = inspect.get_annotations(family.Options, eval_str=True)
-        said = [
-            f"`{key}`: {kind(hints[key])}; {default(key, field)}" for key, field in family.Options.model_fields.items()
-        ]
+        said = [f"`{key}`: {kind(hints[key])}; {default(field)}" for key, field in family.Options.model_fields.items()]
         yield ", ".join([*names, *deeper]), "<br>".join(said) or "none"
     yield (
         "any classification model of torchvision, such as `resnet50`, `mobilenet_v2`, `swin_v2_t`",

@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 OUTSIDE_LINKS = OUTSIDE | {"README.md": "index.md"}
+FETCHED = re.compile(r"""<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'> ]+)""")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -35,6 +37,17 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     uri = page.file.src_uri
     origin = next((name for name, own in OUTSIDE.items() if own == uri), f"docs/{uri}")
     return LINK.sub(lambda link: target(link.group(1), origin, uri, files) + (link.group(2) or ""), markdown)
+
+
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would fetch something from elsewhere.
+
+    Raises:
+        PluginError: names the page and the first such address.
+    """
+    if found := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches {found.group(1)}; the site must work without a network")
+    return output
 
 
 def target(link: str, origin: str, uri: str, files: Files) -> str:
