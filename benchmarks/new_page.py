@@ -85,17 +85,22 @@ def skeleton(name: str) -> str:
     said = sections(method.__doc__ or "")
     made = METHODS[name].groups(methods.config_of(name, {}, "cifar10", 10), ipc=10, classes=10)
     points = re.split(r"\s*\((\d+)\)\s+", said["Differs"])
-    differs = [f"{number}. {text.rstrip(';').strip()}" for number, text in zip(points[1::2], points[2::2], strict=True)]
+    differs = [f"{number}. {_sentence(text)}" for number, text in zip(points[1::2], points[2::2], strict=True)]
     return PAGE.format(
         name=name,
         title=title,
-        line=f"{line[:1].upper()}{line[1:]}",
+        line=_sentence(line),
         paper=said["Paper"],
         code=said["Code"].split()[0].rstrip(".,"),
         groups=f"({len(made)} groups for 10 classes at IPC 10)",
         implements=said["Implements"],
         differs="\n".join(differs) or said["Differs"],
     )
+
+
+def _sentence(text: str) -> str:
+    plain = text.strip().rstrip(";.")
+    return f"{plain[:1].upper()}{plain[1:]}."
 
 
 def sections(text: str) -> dict[str, str]:

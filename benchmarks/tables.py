@@ -186,6 +186,8 @@ def sizing() -> str:
         lines = [line.strip() for line in estimate.table(str(path), TFLOPS).splitlines()]
         taught.append(", ".join(line.removeprefix("teacher ") for line in lines if line.startswith("teacher ")))
         plans[path.stem] = {line.split("-")[0]: re.split(r"\s{2,}", line)[1:] for line in lines}
+        if lacking := [name for name in METHODS if name not in plans[path.stem]]:
+            raise ValueError(f"{path.relative_to(ROOT)}: no cell of {', '.join(lacking)}; add a line under methods")
     found = [["teachers, once", *taught]]
     for name in METHODS:
         cells = [plan[name] for plan in plans.values()]
@@ -252,7 +254,11 @@ def parts() -> dict[Path, dict[str, str]]:
 def main() -> int:
     """Rewrite or check all pages."""
     checking, wrong = "--check" in sys.argv, []
-    for path, own in parts().items():
+    try:
+        pages = parts()
+    except ValueError as error:
+        sys.exit(str(error))
+    for path, own in pages.items():
         named = path.relative_to(ROOT).as_posix()
         if not path.exists():
             wrong.append(f"{named}: the page is missing; write it beside the others")

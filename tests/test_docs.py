@@ -180,6 +180,7 @@ def test_a_method_page_has_every_part(name: str) -> None:
     picture = DOCS / "methods" / "images" / f"{name}.png"
     assert picture.stat().st_size < 100_000
     assert f"](images/{name}.png)" in page
+    assert "TODO" not in page
 
 
 def test_every_key_of_an_experiment_has_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
