@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-containers lint docs format compile image submit status logs cancel watch lock minio kube clean
+.PHONY: help setup demo test test-containers lint docs format compile image submit status logs cancel watch schedule lock minio kube clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -66,8 +66,8 @@ image: ## build the image of the pods; ENGINE=docker|podman BASE= VARIANT=gpu|cp
 	@$(BUILD) --tag '$(TAG)' --push '$(PUSH)'
 	@$(if $(PUSH),$(MAKE) --no-print-directory compile)
 
-submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch
-submit status logs cancel watch: $(READY)
+submit: ## run on a cluster: ARGS="-x my.yaml --wait"; also: make status, logs, cancel, watch, schedule
+submit status logs cancel watch schedule: $(READY)
 	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files

@@ -1,4 +1,7 @@
-"""The command line: check, plan, run, inspect, methods. Exit status 0 done, 1 failed, 2 the user's mistake."""
+"""The command line: check, plan, run, inspect, compare, history, methods.
+
+Exit status 0 done, 1 failed, 2 the user's mistake.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,9 @@ def run(
     out: Annotated[str, typer.Option(help="Output folder, or file:// or s3:// URI; an earlier run there continues.")],
     changes: Changes = None,
     log: Annotated[Log | None, typer.Option(help="plain (default), quiet, or json lines for pods.")] = None,
+    history: Annotated[
+        str, typer.Option(metavar="PLACE", help="Folder or URI whose history/ receives a record of the run [OUT].")
+    ] = "",
 ) -> None:
     """Run an experiment to its report; start it again after any interruption and it continues."""
     from distillery import experiment, steps
@@ -75,7 +81,7 @@ def run(
 
     if log is not None:
         os.environ["DISTILLERY_LOG"] = log.value
-    done = runner.run(experiment.override(source, changes or []), out)
+    done = runner.run(experiment.override(source, changes or []), out, history)
     typer.echo((done.report / "report.md").read_text(encoding="utf-8"))
     typer.echo(f"report: {done.uri}/report.html")
     steps.verdict(done.failures)
@@ -89,6 +95,43 @@ def inspect(
     from distillery import inspection
 
     typer.echo(inspection.describe(folder))
+
+
+@app.command(hidden=True)
+def probe(
+    uri: Annotated[str, typer.Argument(help="A place to write to, read, list and delete.")] = "",
+) -> None:
+    """Say in one line of JSON what this process has, and whether a store may be used from it."""
+    from distillery import probe as surroundings
+
+    typer.echo(json.dumps(surroundings.probe(uri)))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more: run folders, reports, records.")],
+    place: Annotated[
+        str, typer.Option("--history", metavar="PLACE", help="Store in whose history/ RUN may be an id.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Print what differs between runs: configuration, code, hardware, and results with a test over seeds."""
+    from distillery import compare as comparing
+
+    found = comparing.compare([comparing.find(run, place) for run in runs])
+    typer.echo(json.dumps(found, indent=1) if as_json else comparing.text(found))
+
+
+@app.command()
+def history(
+    place: Annotated[str, typer.Argument(metavar="PLACE", help="Folder or URI with a history/ below it.")],
+    experiment: Annotated[str, typer.Option(help="Only runs of this experiment.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the runs of a store, oldest first: when, how they ended, their best result, and what got worse."""
+    from distillery import compare as comparing
+
+    typer.echo(comparing.listing(place, experiment, as_json))
 
 
 @app.command()

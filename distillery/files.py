@@ -20,6 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 _hashes: dict[tuple[str, int, int], str] = {}  # (path, size, mtime_ns) -> sha256
+_swept: dict[str, float] = {}  # folder -> when leftovers were last looked for
 
 
 def sha256_of(path: Path) -> str:
@@ -61,8 +62,12 @@ def disk(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, flushed: bool = True) -> Iterator[BinaryIO]:
     """A file that takes the place of `path`, whole and on the disk, when the block ends well; else nothing changes.
+
+    Args:
+        path: what is replaced; the file can be read, too.
+        flushed: wait for the disk. A copy whose hash is checked before it is used, and that can be had again, need not.
 
     Raises:
         StoreError, UserError: see `disk`.
@@ -70,17 +75,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _sweep(path.parent)
         try:
-            with part.open("wb") as file:
+            with part.open("w+b") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                if flushed:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        sync(path.parent)
+        if flushed:
+            sync(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -105,12 +112,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of earlier attempts to write `path`."""
-    for entry in os.scandir(path.parent):
-        if entry.name.startswith(f"{path.name}.") and entry.name.endswith(".part"):
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing; once an hour, since folders can be large."""
+    now = time.time()
+    if now - _swept.get(str(folder), 0.0) < OLD_PART:
+        return
+    _swept[str(folder)] = now
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".part"):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD_PART:
+                if now - entry.stat(follow_symlinks=False).st_mtime > OLD_PART:
                     os.unlink(entry.path)
 
 

@@ -27,7 +27,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, profiles, sharding, statistics
+from distillery import (
+    artifact,
+    console,
+    evaluate,
+    experiment,
+    labels,
+    methods,
+    profiles,
+    regress,
+    sharding,
+    statistics,
+)
+from distillery import history as histories
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
@@ -42,6 +54,7 @@ from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
 from distillery.profiles import Wish
+from distillery.report.notes import Past
 from distillery.store import check_access
 
 Folder = str | Path
@@ -359,19 +372,45 @@ def evaluate_student(
             found = result["students"]
             step.meta = {"cell": this.id, "acc_last": [s["acc_last"] for s in found]}
             step.meta["acc_best"] = [s["acc_best"] for s in found]
+            step.meta["images_sha256"] = step.spec.sources["synthetic"].files[synthetic.FILE]["sha256"]
             step.summary = ", ".join(f"{s['net']}/{s['recipe']} {100 * s['acc_last']:.2f} %" for s in found)
     return step.manifest
 
 
-def report(source: str, results: list[Folder], out: Folder, code: str = "") -> list[str]:
-    """Results and failures -> `report` artifact: results.csv, report.md, report.html. Returns the failures."""
+def report(
+    source: str,
+    results: list[Folder],
+    out: Folder,
+    code: str = "",
+    history: str = "",
+    schedule: str = "",
+    run: str = "",
+) -> list[str]:
+    """Results and failures -> `report` artifact: results.csv, report.md, report.html, record.json.
+
+    Args:
+        source: see `experiment.read`.
+        results: the cells' artifacts.
+        out: folder of the report.
+        code: version of the code; "" = this package's.
+        history: folder or URI of the store whose history receives the run; "" = none. What goes wrong with it stands
+            in the report and stops nothing.
+        schedule: name of the recurring run that started this one; it is compared with its like only.
+        run: the run's id; "" makes one.
+
+    Returns:
+        The failures, one line each.
+    """
     wanted, began, folder = experiment.load(source), time.monotonic(), Path(out)
     console.emit({"event": "step", "step": "report", "status": "started"})
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     text, _ = experiment.read(source)
-    taught = experiment.taught(wanted)
-    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught)
+    taught, folders, code = experiment.taught(wanted), [Path(r) for r in results], code or code_version()
+    record = histories.of(wanted, text, folders, code=code, run=run, schedule=schedule)
+    record, before = _entered(record, history)
+    summary = reports.build(wanted.name, folders, folder, code, text, taught, before)
+    (folder / histories.FILE).write_bytes(record.json())
     seconds = time.monotonic() - began
     artifact.finish(
         folder,
@@ -388,6 +427,23 @@ def report(source: str, results: list[Folder], out: Folder, code: str = "") -> l
         | {"summary": f"{len(results)} cells, {len(summary.failures)} failed"}
     )
     return summary.failures
+
+
+def _entered(record: histories.Record, place: str) -> tuple[histories.Record, Past]:
+    """The record as it stands in the history, and how the run stands beside the one before it."""
+    if not place:
+        return record, Past()
+    try:
+        record, before = histories.enter(place, record, regress.judge)
+    except (DistilleryError, OSError) as error:
+        text = f"not entered into the history of {place}: {type(error).__name__}: {error}"
+        console.emit({"event": "note", "step": "report", "text": f"WARNING: {text}"})
+        return record, Past(unwritten=text)
+    metrics = {"regressions": float(len(record.regressions))}
+    metrics |= {"accuracy_drop_max": round(regress.largest_drop(before, record), 2)} if before else {}
+    for found in record.regressions:
+        console.emit({"event": "note", "step": "report", "text": f"WORSE than the run before: {found.text}"})
+    return record, Past(record.previous, [asdict(found) for found in record.regressions], metrics)
 
 
 def verdict(failures: list[str]) -> None:

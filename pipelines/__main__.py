@@ -1,4 +1,4 @@
-"""Runs on a cluster: `python -m pipelines submit | status | logs | cancel | watch`.
+"""Runs on a cluster: `python -m pipelines submit | status | logs | cancel | watch | schedule`.
 
 Exit status 0 done, 1 failed, 2 the user's mistake, 130 interrupted.
 """
@@ -18,6 +18,8 @@ COMMANDS = {
     "logs": "pipelines.runs",
     "cancel": "pipelines.runs",
     "watch": "pipelines.watch",
+    "schedule": "pipelines.schedule",
+    "doctor": "pipelines.doctor",
 }
 
 

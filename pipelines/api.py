@@ -255,6 +255,10 @@ class Client:
                 raise error
             return str(found["experiment_id"])
 
+    def experiment_name(self, experiment_id: str) -> str:
+        """The name of the experiment with that id."""
+        return str(self.get(f"/apis/v2beta1/experiments/{quote(experiment_id, safe='')}")["display_name"])
+
     def create_run(self, body: Mapping[str, Any]) -> Run:
         """Start a run; never sent twice, since a lost answer does not mean that nothing was started."""
         return run_of(self.post("/apis/v2beta1/runs", body))
@@ -314,9 +318,19 @@ class Client:
         known = {"experiment_id": experiment_id} if experiment_id else {}
         yield from self.pages("recurringruns", where or [], "created_at desc", **known)
 
+    def recurring_run(self, recurring_id: str) -> Dict[str, Any]:
+        """One recurring run by its id."""
+        found: Dict[str, Any] = self.get(f"/apis/v2beta1/recurringruns/{quote(recurring_id, safe='')}")
+        return found
+
     def delete_recurring(self, recurring_id: str) -> None:
-        """Delete a recurring run; its runs stay."""
-        self.delete(f"/apis/v2beta1/recurringruns/{quote(recurring_id, safe='')}")
+        """Delete a recurring run; its runs stay, and go on.
+
+        Without the policy, Kubernetes takes the workflows that it has started along, those at work too. A server before
+        2.16 knows no policy and does so.
+        """
+        path = f"/apis/v2beta1/recurringruns/{quote(recurring_id, safe='')}"
+        self._ask("DELETE", path, query={"propagation_policy": "ORPHAN"}, again=True)
 
     def enable_recurring(self, recurring_id: str, enabled: bool = True) -> None:
         """Let a recurring run fire, or pause it."""

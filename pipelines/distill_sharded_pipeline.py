@@ -21,6 +21,7 @@ def distill_sharded(  # docs/resources.md says what each one is
     cell_cpu: str = "", cell_memory: str = "", cell_gpus: str = "",
     tolerations: list = NO_TOLERATIONS, node_selector: dict = ANY_NODE,  # of every step's pod, as in a pod's spec
     s3_endpoint: str = "", s3_region: str = "", checkpoints: str = "",
+    history: str = "", schedule: str = "",  # s3:// prefix that receives a record of the run; name of a recurring run
     s3_secret: str = "distillery-s3", s3_ca: str = "distillery-s3-ca",  # names; the secrets may be missing
 ) -> None:  # fmt: skip
     pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
@@ -39,4 +40,4 @@ def distill_sharded(  # docs/resources.md says what each one is
         own = pods_of(c, "relabel", "evaluate_student")
         own.update(gather_pieces_cpu=c.gather_pieces_cpu, gather_pieces_memory=c.gather_pieces_memory)  # and no GPU
         one = sharded_cell(cell=c, pieces=bundle, **own, **known)
-    after_cells(experiment, dsl.Collected(one.output), pods, code)
+    after_cells(experiment, dsl.Collected(one.output), pods, code, {"history": history, "schedule": schedule})

@@ -60,7 +60,8 @@ def before_cells(
     return cells, data, teachers.outputs["teachers"]
 
 
-def after_cells(experiment: Any, results: Any, pods: Pods, code: Dict[str, Any]) -> None:
-    """Report, then the verdict."""
-    found = fit(report(experiment=experiment, results=results, **code), pods)
+def after_cells(experiment: Any, results: Any, pods: Pods, code: Dict[str, Any], past: Dict[str, Any]) -> None:
+    """Report, then the verdict; `past` says into which history the run is entered, and under which schedule."""
+    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    found = fit(report(experiment=experiment, results=results, run=run, **past, **code), pods)
     fit(verdict(failures=found.outputs["Output"]), pods)

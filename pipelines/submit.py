@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import click
 
@@ -101,15 +101,32 @@ def arguments(
     Raises:
         UserError: an experiment that cannot work, or a parameter that the package does not have.
     """
+    return typed(chosen, experiment, changes, pairs(params), profile)
+
+
+def pairs(params: List[str]) -> Dict[str, Any]:
+    """`NAME=VALUE`, several times, as a mapping.
+
+    Raises:
+        UserError: not of that form.
+    """
     texts: Dict[str, Any] = {}
     for param in params:
         name, equals, value = param.partition("=")
         if not equals or not name:
             raise UserError(f"--param {param!r}: expected NAME=VALUE, for example gpu_type=amd.com/gpu")
         texts[name] = value
+    return texts
+
+
+def typed(
+    chosen: compiled.Package, experiment: Optional[str], changes: List[str], given: Mapping[str, Any], profile: str
+) -> Tuple[Dict[str, Any], str]:
+    """What `arguments` does, with parameters as a mapping."""
+    texts = dict(given)
     title = chosen.name
     if experiment is not None and "experiment" in texts:
-        raise UserError(f"--param experiment={texts['experiment'][:40]!r}: -x says it too; leave one of them out")
+        raise UserError(f"--param experiment={str(texts['experiment'])[:40]!r}: -x says it too; leave one of them out")
     source = texts.pop("experiment", None) if experiment is None else experiment
     if profile and "profile" in chosen.parameters:
         texts["profile"] = profile

@@ -33,6 +33,11 @@ TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "LIST": ("list", lambda value: isinstance(value, list)),
     "STRUCT": ("struct", lambda value: isinstance(value, dict)),
 }
+COLUMNS = {
+    "experiments": ("name", "display_name", "namespace", "storage_state"),
+    "runs": ("name", "display_name", "description", "state", "storage_state", "experiment_id", "recurring_run_id"),
+    "recurringruns": ("name", "display_name", "description", "recurring_run_id"),
+}
 DEFAULT_STEPS = ("plan", "prepare-data", "teacher/0/train-teacher", "cell/0/synthesize", "report", "verdict")
 
 
@@ -268,6 +273,8 @@ class FakeKfp:
             raise Answer(404, f"Failed to get a {name.lower()}: ResourceNotFoundError: {name} {key} not found.", 5)
         self.allowed(known[key].get("namespace"))
         if request.command == "DELETE":
+            if what == "recurringruns" and query.get("propagation_policy") != "ORPHAN":
+                self.collect(key)
             del {"experiments": self.experiments, "runs": self.played, "recurringruns": self.recurring}[what][key]
             return {}
         if request.command == "POST":
@@ -287,7 +294,7 @@ class FakeKfp:
         if namespace:
             self.allowed(namespace)
         known = {"experiments": self.experiments, "runs": self.runs, "recurringruns": self.recurring}[what]
-        found = [one for one in known.values() if meets(one, query.get("filter", ""))]
+        found = [one for one in known.values() if meets(one, query.get("filter", ""), COLUMNS[what])]
         if "experiment_id" in query:
             found = [one for one in found if one["experiment_id"] == query["experiment_id"]]
         if namespace:
@@ -348,14 +355,35 @@ class FakeKfp:
         if not 1 <= int(body.get("max_concurrency") or 0) <= 10:
             said = f"Received {body.get('max_concurrency')}"
             raise Answer(400, f"Max concurrency of a recurring run must be at least 1 and at most 10. {said}", 3)
-        cron = ((body.get("trigger") or {}).get("cron_schedule") or {}).get("cron")
+        trigger = json.loads(json.dumps(body.get("trigger") or {}))
+        cron = (trigger.get("cron_schedule") or {}).get("cron")
         if cron is not None and len(cron.split()) not in (5, 6):
             raise Answer(400, f"Schedule cron is not a supported format. Error: found {len(cron.split())} fields", 3)
+        for inside in trigger.values():
+            if "interval_second" in inside:
+                inside["interval_second"] = str(int(inside["interval_second"]))  # as JSON has 64-bit integers
+            inside.setdefault("start_time", rfc3339(0))
         key = str(uuid.uuid4())
         status = "ENABLED" if body.get("mode") == "ENABLE" else "DISABLED"
-        told = {"recurring_run_id": key, **body, "status": status, "namespace": experiment["namespace"]}
+        given = {**body, "trigger": trigger, "max_concurrency": str(int(body["max_concurrency"]))}
+        given["service_account"] = body.get("service_account") or "pipeline-runner"
+        told = {"recurring_run_id": key, **given, "status": status, "namespace": experiment["namespace"]}
         self.recurring[key] = {**told, **self.stamp(), "updated_at": rfc3339(self.now())}
         return shown(self.recurring[key])
+
+    def fire(self, key: str) -> str:
+        """Do what the scheduler does when a recurring run's time has come; returns the run's id."""
+        known = self.recurring[key]
+        fields = ("pipeline_spec", "runtime_config", "service_account", "experiment_id")
+        body = {name: known[name] for name in fields if name in known}
+        told = self.new_run({**body, "display_name": f"{known['display_name']}-1", "recurring_run_id": key})
+        return str(told["run_id"])
+
+    def collect(self, key: str) -> None:
+        """What Kubernetes does with workflows whose owner is deleted: their runs end."""
+        for played in self.played.values():
+            if played.told.get("recurring_run_id") == key and played.told["state"] in ACTIVE:
+                self.turn(played, "FAILED")
 
     def checked(self, body: dict[str, Any], what: str) -> dict[str, Any]:
         """The experiment that a run or recurring run belongs to, once its specification and parameters are fine."""
@@ -454,7 +482,7 @@ class FakeKfp:
     def enable(self, key: str, status: str = "ENABLED") -> dict[str, Any]:
         """POST recurringruns/ID:enable."""
         mode = {"ENABLED": "ENABLE", "DISABLED": "DISABLE"}[status]
-        self.recurring[key] |= {"status": status, "mode": mode}
+        self.recurring[key] |= {"status": status, "mode": mode, "updated_at": rfc3339(self.now())}
         return {}
 
     def disable(self, key: str) -> dict[str, Any]:
@@ -581,24 +609,27 @@ def shown(told: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in told.items() if not key.startswith("_")}
 
 
-def meets(one: dict[str, Any], text: str) -> bool:
+def meets(one: dict[str, Any], text: str, columns: tuple[str, ...]) -> bool:
     """Whether all predicates of a filter hold."""
-    return all(holds(one, predicate) for predicate in (json.loads(text)["predicates"] if text else []))
+    return all(holds(one, predicate, columns) for predicate in (json.loads(text)["predicates"] if text else []))
 
 
-def holds(one: dict[str, Any], predicate: dict[str, Any]) -> bool:
+def holds(one: dict[str, Any], predicate: dict[str, Any], columns: tuple[str, ...]) -> bool:
     """Whether one predicate holds; a key or an operation that the API does not have answers 400."""
     operation = OPERATIONS.get(predicate["operation"], predicate["operation"])
     key = predicate["key"]
     wanted = predicate.get("string_value", predicate.get("stringValue"))
     several = (predicate.get("string_values") or predicate.get("stringValues") or {}).get("values")
-    columns = ("display_name", "name", "description", "state", "storage_state", "experiment_id", "recurring_run_id")
     if key not in columns:
         raise Answer(400, f"Invalid input error: no support for filtering on unrecognized field {key}", 3)
     value = str(one.get({"name": "display_name"}.get(key, key)) or "")
     if operation == "IN":
         return value in several
-    tests = {"EQUALS": value == wanted, "NOT_EQUALS": value != wanted, "IS_SUBSTRING": str(wanted) in value}
+    tests = {
+        "EQUALS": value == wanted,
+        "NOT_EQUALS": value != wanted,
+        "IS_SUBSTRING": str(wanted).lower() in value.lower(),  # as the collations of its databases have it
+    }
     if operation not in tests:
         raise Answer(400, f"Invalid input error: unrecognized operation {operation}", 3)
     return tests[operation]

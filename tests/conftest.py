@@ -3,8 +3,12 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _servers import Server
 
 # Before anything reads it, and for child processes too: a developer's keys and settings never reach a test.
 SCRUBBED = ("AWS_", "DISTILLERY_", "MINIO_", "KFP_", "_KFP_", "KF_PIPELINES_")
@@ -46,3 +50,19 @@ def watched_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     from distillery.methods import _recover
 
     monkeypatch.setattr(_recover, "STRIDE_PIXELS", 1)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], "Server"]]:
+    """Object stores by name, started at first use."""
+    from _servers import running
+
+    found: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def get(name: str) -> "Server":
+            if name not in found:
+                found[name] = stack.enter_context(running(name, tmp_path_factory.mktemp(name)))
+            return found[name]
+
+        yield get

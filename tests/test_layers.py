@@ -27,9 +27,9 @@ LAYERS = (
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
-    {"checkpoints", "execution", "experiment", "profiles", "sharding"},
+    {"checkpoints", "execution", "experiment", "history", "profiles", "regress", "sharding"},
     {"steps"},
-    {"estimate", "inspection", "run"},
+    {"compare", "estimate", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -19,6 +19,7 @@ from rich.console import Console
 import components
 from distillery import artifact, run
 from distillery.console import emit
+from distillery.history import History, whole
 from pipelines import demo, local_run
 from pipelines.compile import SHARDED
 
@@ -137,8 +138,12 @@ def all_prints(path: Path) -> set[tuple[str, str, str]]:
 @pytest.mark.timeout(900)
 def test_shards_through_kfp_equal_the_runner_with_and_without(tmp_path: Path, one_thread: None) -> None:
     log, said = tmp_path / "log", tmp_path / "events"
-    child = local_run.start(SHARDED, tmp_path / "kfp", {"experiment": SHARDS}, said, log)
+    given = {"experiment": SHARDS, "history": str(tmp_path / "store"), "schedule": "nightly"}
+    child = local_run.start(SHARDED, tmp_path / "kfp", given, said, log)
     assert child.wait(timeout=850) == 0, log.read_text()[-3000:]
+    (record,) = History(str(tmp_path / "store"), whole).read()
+    assert (record.schedule, record.status, len(record.cells)) == ("nightly", "succeeded", 2)
+    assert "{" not in record.run, "KFP's id of the run, filled in"
     with_kfp = all_prints(said)
     assert sum(1 for step, _, _ in with_kfp if step == "train_teacher") == 2
     assert sum(1 for step, _, _ in with_kfp if step == "synthesize") == 2

@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from _artifacts import FILES, child, make, raises_quickly
-from _servers import Server, available, running
+from _servers import Server, available
 
 from distillery import artifact
 from distillery.artifact import MANIFEST
@@ -25,20 +24,6 @@ from distillery.store import MissingKey, Store, _lease, _patience, check_access,
 
 MIB = 1 << 20
 FOREIGN = {"host": "elsewhere", "pid": 7, "since": "noon", "place": "another boot", "token": "t", "beats": 0}
-
-
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
-    """Servers by name, started at first use."""
-    found: dict[str, Server] = {}
-    with ExitStack() as stack:
-
-        def get(name: str) -> Server:
-            if name not in found:
-                found[name] = stack.enter_context(running(name, tmp_path_factory.mktemp(name)))
-            return found[name]
-
-        yield get
 
 
 @pytest.fixture(params=available())
@@ -83,9 +68,9 @@ def sent(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     put = store.put
 
-    def noted(key: str, path: Path) -> None:
+    def noted(key: str, path: Path, sha256: str = "") -> None:
         keys.append(key)
-        put(key, path)
+        put(key, path, sha256)
 
     monkeypatch.setattr(store, "put", noted)
     return keys
@@ -135,7 +120,7 @@ def test_keys_stay_inside_the_store(uri: str, key: str) -> None:
 
 
 def test_files_of_several_parts_travel_whole(uri: str, tmp_path: Path) -> None:
-    store, data = open_store(uri), os.urandom(11 * MIB + 5)
+    store, data = open_store(uri), os.urandom(35 * MIB + 5)
     (tmp_path / "big").write_bytes(data)
     store.put("big", tmp_path / "big")
     sha = store.sha256("big")
@@ -183,10 +168,10 @@ def test_a_broken_off_push_is_not_believed(uri: str, tmp_path: Path, monkeypatch
     make(tmp_path / "a", {name: data + b"!" for name, data in FILES.items()}, version=2)
     put = store.put
 
-    def fails(key: str, path: Path) -> None:
+    def fails(key: str, path: Path, sha256: str = "") -> None:
         if key.endswith("images.bin"):
             raise StoreError(f"{key}: as if the process had been killed")
-        put(key, path)
+        put(key, path, sha256)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "put", fails)
@@ -199,11 +184,18 @@ def test_a_broken_off_push_is_not_believed(uri: str, tmp_path: Path, monkeypatch
 
 
 def test_a_damaged_artifact_is_not_pushed(uri: str, tmp_path: Path) -> None:
-    make(tmp_path / "a", FILES)
-    (tmp_path / "a" / "images.bin").write_bytes(b"I" * 1000)
+    store = open_store(uri)
+    make(tmp_path / "a", FILES, version=1)
+    for damaged in (b"I" * 1000, b"i" * 999):
+        (tmp_path / "a" / "images.bin").write_bytes(damaged)
+        with pytest.raises(CorruptArtifact, match=r"images\.bin"):
+            store.push(tmp_path / "a", "x")
+        assert not {"x/images.bin", f"x/{MANIFEST}"} & {entry.key for entry in store.list()}
+    make(tmp_path / "b", FILES, version=2)
+    store.push(tmp_path / "b", "x")
     with pytest.raises(CorruptArtifact, match=r"images\.bin"):
-        open_store(uri).push(tmp_path / "a", "x")
-    assert open_store(uri).list() == []
+        store.push(tmp_path / "a", "x")
+    assert store.pull("x", tmp_path / "c").meta == {"version": 2}, "a whole artifact does not give way to a damaged one"
 
 
 FILE_DAMAGE, MANIFEST_DAMAGE = ("flipped", "truncated", "missing"), ("newer schema", "not JSON", "climbs out")

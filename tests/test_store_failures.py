@@ -3,6 +3,7 @@
 The servers here are fakes that answer as they are told; real ones are in test_store.py.
 """
 
+import contextlib
 import http.server
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from _artifacts import FILES, child, make, raises_quickly
 from _servers import free_port
 
 from distillery.errors import DistilleryError, StoreError, UserError
-from distillery.store import _patience, check_access, open_store
+from distillery.store import _crew, _patience, check_access, open_store
 
 MIB = 1 << 20
 
@@ -144,7 +146,7 @@ def scripted(endpoint: str, answers: list[Answer]) -> Iterator[list[str]]:
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_PUT = do_POST = do_DELETE = answer
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
@@ -223,9 +225,20 @@ def test_a_cut_off_download_goes_on_where_it_stopped(nobody: str) -> None:
 
 
 def test_a_download_never_mixes_two_versions(nobody: str) -> None:
-    for other in ((206, {"ETag": '"2"'}, b"TENT"), (200, {"ETag": '"1"'}, b"content")):
-        with scripted(nobody, [CUT, other]), pytest.raises(StoreError, match="changed while it was read"):
+    others: list[Answer] = [
+        (206, {"ETag": '"2"'}, b"TENT"),
+        (200, {"ETag": '"1"'}, b"content"),
+        refusal(412, "PreconditionFailed"),
+        refusal(416, "InvalidRange"),
+    ]
+    for other in others:
+        with (
+            scripted(nobody, [CUT, other] * 3),
+            pytest.raises(StoreError, match=r"x changed while it was read, 3 times"),
+        ):
             open_store("s3://bucket/x", patience=10).read("x")
+        with scripted(nobody, [CUT, other, OK]):
+            assert open_store("s3://bucket/x", patience=10).read("x") == b"content"
 
 
 def test_plain_http_behind_an_https_url_is_named(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,10 +249,32 @@ def test_plain_http_behind_an_https_url_is_named(nobody: str, monkeypatch: pytes
 
 
 def test_an_upload_the_server_forgot_starts_again(nobody: str, tmp_path: Path) -> None:
-    (tmp_path / "big").write_bytes(bytes(6 * MIB))
+    (tmp_path / "big").write_bytes(bytes(17 * MIB))
     begun = (200, {"Content-Type": "application/xml"}, b"<R><UploadId>1</UploadId></R>")
     done = (200, {}, b"<CompleteMultipartUploadResult><ETag>e</ETag></CompleteMultipartUploadResult>")
     gone, part, aborted = refusal(404, "NoSuchUpload"), (200, {"ETag": '"1"'}, b""), (204, {}, b"")
-    with scripted(nobody, [begun, part, part, gone, aborted, begun, part, part, done]) as asked:
-        open_store("s3://bucket/x", patience=10).put("big", tmp_path / "big")
-    assert asked == ["POST", "PUT", "PUT", "POST", "DELETE", "POST", "PUT", "PUT", "POST"]
+    failed: Answer = (200, {}, b"<Error><Code>InternalError</Code></Error>")  # S3 may find out after it said 200
+    absent: Answer = (404, {}, b"")
+    for first in (gone, failed):
+        with scripted(nobody, [begun, part, part, first, absent, aborted, begun, part, part, done]) as asked:
+            open_store("s3://bucket/x", patience=10).put("big", tmp_path / "big")
+        assert asked == "POST PUT PUT POST HEAD DELETE POST PUT PUT POST".split()
+
+
+def test_a_failing_transfer_ends_the_waiting_of_its_own_pieces_only() -> None:
+    """Three pieces wait for a server: one of another transfer, one of the failing, one of a piece of the failing."""
+    with ThreadPoolExecutor(8) as pool:
+
+        def nested(_: int) -> bool:
+            with _crew.together(pool, _crew.pause, [60.0]) as inner:
+                return inner[0].result()
+
+        with _crew.together(pool, _crew.pause, [1.5]) as others:
+            start = time.monotonic()
+            with contextlib.suppress(StoreError), _crew.together(pool, nested, [0]) as outer:
+                time.sleep(0.2)
+                raise StoreError("as if another piece had failed")
+            assert time.monotonic() - start < 1.2
+            assert outer[0].result(), "the waiting was not cut short"
+            assert not others[0].done(), "another transfer was disturbed"
+            assert not others[0].result(), "another transfer was disturbed"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distillery.report import table
 from distillery.report.load import SHARED, Failure, Outcome, Row, load, reached, several, shared_seconds
 from distillery.report.markdown import markdown
-from distillery.report.notes import title, weaknesses
+from distillery.report.notes import Past, past, title, weaknesses
 from distillery.report.table import Entry
 
 
@@ -21,7 +21,8 @@ class Summary:
     """What the run reached, as plain values.
 
     `leaderboard` holds one mapping per entry, accuracies in percent and distances in points; `metrics` holds named
-    finite numbers for dashboards; `failures` says in one line each which cell failed, where and why.
+    finite numbers for dashboards; `failures` says in one line each which cell failed, where and why. `regressions` says
+    what is worse than in the run before, `previous`, as in `history.Record`.
     """
 
     experiment: str
@@ -29,6 +30,8 @@ class Summary:
     failures: list[str]
     leaderboard: list[dict[str, Any]]
     metrics: dict[str, float]
+    previous: str = ""
+    regressions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build(
@@ -38,6 +41,7 @@ def build(
     code_version: str,
     config: str = "",
     teachers: Mapping[str, str] | None = None,
+    before: Past | None = None,
 ) -> Summary:
     """Write results.csv, report.md, report.html and summary.json into `out`.
 
@@ -48,6 +52,7 @@ def build(
         code_version: version of the code that builds the report.
         config: the experiment as its author wrote it, shown on the page; "" shows what the cells were given.
         teachers: what a cell's teachers are called, by the cell's id; without, by their nets.
+        before: how the run stands beside the one before it; None where no history is kept.
 
     Returns:
         The content of summary.json.
@@ -58,14 +63,17 @@ def build(
     rows = sorted((row for outcome in outcomes for row in outcome.rows), key=table.order)
     entries = table.leaderboard(rows)
     failures = [o.failure for o in outcomes if o.failure]
-    notes = weaknesses(entries, outcomes)
+    before = before or Past()
+    notes = [*past(before), *weaknesses(entries, outcomes)]
     facts = _facts(outcomes, rows, code_version)
     summary = Summary(
         experiment=experiment_name,
         code_version=code_version,
         failures=[_line(failure) for failure in failures],
         leaderboard=[table.scalars(entry) for entry in entries],
-        metrics=_metrics(entries, outcomes),
+        metrics=_metrics(entries, outcomes) | dict(before.metrics),
+        previous=before.run,
+        regressions=[dict(found) for found in before.regressions],
     )
     shown = config or page.configuration(outcomes)
     report = page.Report(experiment_name, facts, _headline(entries), entries, notes, outcomes, failures, shown)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from distillery.report.load import Outcome
 from distillery.report.table import MIN_SEEDS, TIE, Entry, Setting, by_setting
@@ -24,6 +25,23 @@ class Note:
     where: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Past:
+    """How a run stands beside the one before it in the history.
+
+    Attributes:
+        run: id of the run before; "" = there is none.
+        regressions: what is worse, each as the mapping of a `history.Regression`.
+        metrics: named finite numbers of the comparison.
+        unwritten: why this run could not be entered into the history; "" = it was, or none is kept.
+    """
+
+    run: str = ""
+    regressions: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    unwritten: str = ""
+
+
 def title(setting: Setting) -> str:
     """The setting in words."""
     parts = (setting.context, f"IPC {setting.ipc}", setting.student, f"{setting.recipe} recipe", labels(setting))
@@ -36,6 +54,15 @@ def labels(setting: Setting) -> str:
         return "hard labels"
     kind = {"on_the_fly": "on the fly"}.get(setting.labels, setting.labels.replace("-top", ", top "))
     return f"soft labels, {kind}"
+
+
+def past(before: Past) -> list[Note]:
+    """What the history says against the run; an empty list where it says nothing."""
+    texts = _short([str(found["text"]) for found in before.regressions])
+    unwritten = (before.unwritten,) if before.unwritten else ()
+    lost = "This run could not be compared with the one before it, nor entered into the history"
+    found = [Note(f"Worse than the run before it ({before.run})", texts), Note(lost, unwritten)]
+    return [note for note in found if note.where]
 
 
 def weaknesses(entries: Sequence[Entry], outcomes: Sequence[Outcome]) -> list[Note]:

@@ -7,7 +7,6 @@ an artifact counts once its manifest is there, and that is written last.
 from __future__ import annotations
 
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +18,7 @@ from distillery import artifact
 from distillery.artifact import MANIFEST, FileFacts, Manifest
 from distillery.errors import CorruptArtifact, StoreError, UserError
 from distillery.files import write_atomic
+from distillery.store._crew import together
 
 THREADS = 8  # files in flight
 HOLD = ".hold"  # the folder of locks; `list` does not show it
@@ -50,7 +50,6 @@ class Store(ABC):
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._stop = threading.Event()  # set while a transfer is being abandoned: nobody waits for a retry then
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -81,8 +80,12 @@ class Store(ABC):
         """sha256 of what is under `key` as far as the store knows it; empty when it does not."""
 
     @abstractmethod
-    def put(self, key: str, path: Path) -> None:
-        """Put a file under `key`, atomically and streamed."""
+    def put(self, key: str, path: Path, sha256: str = "") -> None:
+        """Put a file under `key`, atomically and streamed.
+
+        Raises:
+            CorruptArtifact: its hash is not `sha256`, or it changes meanwhile; what is under `key` stays then.
+        """
 
     @abstractmethod
     def fetch(self, key: str, path: Path, sha256: str = "") -> None:
@@ -106,20 +109,28 @@ class Store(ABC):
         Raises:
             CorruptArtifact: the artifact in `folder` is not finished or not intact.
         """
-        manifest = artifact.read(folder)
+        manifest = artifact.read(folder, verify=False)  # each file is hashed while it is sent
         raw = (folder / MANIFEST).read_bytes()
+        for name, facts in manifest.files.items():
+            if fault := artifact.find_fault(folder / name, facts, hashed=False):
+                raise _damaged(folder, name, fault)
         there = {entry.key: entry.bytes for entry in self.list(join(prefix, ""))}
         last = join(prefix, MANIFEST)
-        if last in there and self.read(last) != raw:
+        vouched = last in there and self.read(last) == raw
+        if last in there and not vouched:
+            artifact.read(folder)  # a whole artifact is not given up for a damaged one
             self.delete(last)  # it must not vouch for a mixture of its files and the new ones
 
         def send(name: str, facts: FileFacts) -> None:
             key = join(prefix, name)
             if there.get(key) != facts["bytes"] or self.sha256(key) != facts["sha256"]:
-                self.put(key, folder / name)
+                self.put(key, folder / name, facts["sha256"])
+            elif fault := artifact.find_fault(folder / name, facts):
+                raise _damaged(folder, name, fault)
 
         self._each_file(send, manifest.files, progress)
-        self.write(last, raw)
+        if not vouched:
+            self.write(last, raw)
 
     def pull(self, prefix: str, folder: Path, progress: Progress | None = None) -> Manifest:
         """Copy an artifact from the store into `folder`; files that are right already are not fetched again.
@@ -152,20 +163,17 @@ class Store(ABC):
     ) -> None:
         """Run `work` on each file, several at a time; the first failure (or Ctrl-C) abandons the rest."""
         done, total = 0, sum(facts["bytes"] for facts in files.values())
-        with ThreadPoolExecutor(THREADS) as pool:
-            running = {pool.submit(work, name, facts): facts["bytes"] for name, facts in files.items()}
-            try:
-                for future in as_completed(running):
-                    future.result()
-                    done += running[future]
-                    if progress is not None:
-                        progress(done, total)
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-            finally:
-                self._stop.clear()
+        with ThreadPoolExecutor(THREADS) as pool, together(pool, lambda item: work(*item), files.items()) as running:
+            sizes = dict(zip(running, (facts["bytes"] for facts in files.values()), strict=True))
+            for future in as_completed(running):
+                future.result()
+                done += sizes[future]
+                if progress is not None:
+                    progress(done, total)
+
+
+def _damaged(folder: Path, name: str, fault: str) -> CorruptArtifact:
+    return CorruptArtifact(f"{folder / name} {fault}; delete {folder} and run its step again")
 
 
 def join(prefix: str, name: str) -> str:

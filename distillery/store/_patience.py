@@ -2,29 +2,39 @@
 
 Repeated: no connection, a broken or silent one, 408, 429, 500, 502, 503 (SlowDown), 504. Not repeated: every other
 answer, because asking again would not change it, and a certificate that cannot be trusted.
-Each part of a large upload is a request of its own, so an outage costs at most the parts in flight.
+Each part of a large file is a request of its own, so an outage costs at most the parts in flight.
+
+Patience is counted from the last sign of life. A line that is slow but moves is not given up; one that is dead is,
+also when it was open before: no single wait is longer than half the patience, or than what is left of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import io
 import logging
 import os
 import re
 import ssl
-import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
+from distillery.store import _crew
+
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 LONGEST = 840.0  # seconds: a signed request is accepted for 15 minutes only
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 8.0  # seconds, doubled from try to try, with jitter
 HOPELESS = 30.0  # seconds after giving up in which one more failure is enough
+CONNECT, SILENCE = 10.0, 60.0  # seconds for a connection, and without a byte on one that is open
+SENT = 1 << 18  # bytes that are sent in one go
 
 log = logging.getLogger(__name__)
+_heard: contextvars.ContextVar[float] = contextvars.ContextVar("heard", default=0.0)
 
 
 class GaveUp(Exception):
@@ -35,20 +45,27 @@ class Untrusted(Exception):
     """TLS failed in a way that repeating cannot cure."""
 
 
+@contextlib.contextmanager
+def heard_at(moment: float) -> Iterator[None]:
+    """Requests in the block go on with a transfer whose server was last heard then (`time.monotonic`)."""
+    before = _heard.set(moment)
+    try:
+        yield
+    finally:
+        _heard.reset(before)
+
+
 class PatientPool(urllib3.PoolManager):
     """A connection pool that repeats what can pass.
 
     Args:
-        patience: seconds from a request's first failure to giving up; at most 840 count.
-        stop: when set, nobody waits any longer.
+        patience: seconds from the last sign of life to giving up; at most 840 count.
         options: urllib3's own.
     """
 
-    def __init__(self, patience: float, stop: threading.Event, **options: Any) -> None:
-        timeout = urllib3.Timeout(connect=min(10.0, patience), read=min(60.0, patience))
-        super().__init__(timeout=timeout, **options)
+    def __init__(self, patience: float, **options: Any) -> None:
+        super().__init__(blocksize=SENT, **options)
         self.patience = min(patience, LONGEST)
-        self._stop = stop
         self._gave_up = self._warned = -HOPELESS
 
     def urlopen(  # type: ignore[override]
@@ -60,33 +77,61 @@ class PatientPool(urllib3.PoolManager):
             GaveUp: still no answer. Untrusted: a certificate problem.
         """
         body = options.pop("body", None)
-        first, pause = 0.0, FIRST_PAUSE
+        heard, pause, first = _heard.get() or time.monotonic(), FIRST_PAUSE, True
         while True:
+            # A stream is sent in blocks, each with its own timeout, so a slow line is not taken for a dead one.
+            stream = _Noted(body) if body else body
+            limits = self._limits(heard + self.patience - time.monotonic())
             try:
-                # A stream is sent in blocks, each with its own timeout, so a slow line is not taken for a dead one.
-                options["body"] = io.BytesIO(body) if body else body
-                answer = super().urlopen(method, url, redirect=False, retries=False, **options)
+                answer = super().urlopen(
+                    method, url, redirect=False, retries=False, body=stream, timeout=limits, **options
+                )
                 cause = _complaint(answer)
                 if not cause:
                     self._gave_up = -HOPELESS
                     return answer
             except HTTPError as error:
                 cause = _reason(error)
-            now = time.monotonic()
-            first = first or now
-            left = first + self.patience - now
-            if left <= 0 or now - self._gave_up < HOPELESS:
-                self._gave_up = now
-                raise GaveUp(cause)
-            self._warn(url, cause, left)
-            if self._stop.wait(min(left, pause * _jitter())):
-                raise GaveUp(cause)
+            if first and isinstance(stream, _Noted):
+                heard = max(heard, stream.asked)  # later tries may fill a buffer that nobody empties
+            first = False
+            self.wait(url, cause, heard, pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def wait(self, url: str, cause: str, heard: float, pause: float) -> None:
+        """Wait before the next try.
+
+        Raises:
+            GaveUp: the server was last heard too long ago, or nobody wants the answer any more.
+        """
+        now = time.monotonic()
+        left = heard + self.patience - now
+        if left <= 0 or now - self._gave_up < HOPELESS:
+            self._gave_up = now
+            raise GaveUp(cause)
+        self._warn(url, cause, left)
+        if _crew.pause(min(left, pause * _jitter())):
+            raise GaveUp(cause)
+
+    def _limits(self, left: float) -> urllib3.Timeout:
+        longest = max(0.05, min(self.patience / 2, left))
+        return urllib3.Timeout(connect=min(CONNECT, longest), read=min(SILENCE, longest))
 
     def _warn(self, url: str, cause: str, left: float) -> None:
         if time.monotonic() - self._warned > HOPELESS:
             self._warned = time.monotonic()
             log.warning("%s does not answer (%s); trying again for up to %.0f s", url.partition("?")[0], cause, left)
+
+
+class _Noted(io.BytesIO):
+    """A request's body that knows when more of it was last asked for, which is when the line last took something."""
+
+    asked = 0.0
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes."""
+        self.asked = time.monotonic()
+        return super().read(size)
 
 
 def _jitter() -> float:

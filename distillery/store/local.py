@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from distillery.errors import CorruptArtifact, StoreError, UserError
 from distillery.files import disk, replacing, sha256_of, write_atomic
@@ -68,18 +68,17 @@ class LocalStore(Store):
         with self._reading(key) as path:
             return sha256_of(path)
 
-    def put(self, key: str, path: Path) -> None:
+    def put(self, key: str, path: Path, sha256: str = "") -> None:
         with replacing(self._path(key)) as target, path.open("rb") as source:
-            shutil.copyfileobj(source, target, BLOCK)
+            found = _copy(source, target)
+            if sha256 and found != sha256:
+                raise CorruptArtifact(f"{path} has sha256 {found[:12]}, {sha256[:12]} was expected; make it again")
 
     def fetch(self, key: str, path: Path, sha256: str = "") -> None:
-        digest = hashlib.sha256()
-        with self._reading(key) as found, found.open("rb") as source, replacing(path) as target:
-            while block := source.read(BLOCK):
-                digest.update(block)
-                target.write(block)
-            if sha256 and digest.hexdigest() != sha256:
-                raise CorruptArtifact(f"{found} has sha256 {digest.hexdigest()[:12]}, {sha256[:12]} was expected")
+        with self._reading(key) as there, there.open("rb") as source, replacing(path) as target:
+            found = _copy(source, target)
+            if sha256 and found != sha256:
+                raise CorruptArtifact(f"{there} has sha256 {found[:12]}, {sha256[:12]} was expected")
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
@@ -110,3 +109,12 @@ class LocalStore(Store):
             raise MissingKey(f"there is no {path}") from error
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error}; check its permissions and that disk") from error
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> str:
+    """Copy to the end; gives the sha256."""
+    digest = hashlib.sha256()
+    while block := source.read(BLOCK):
+        digest.update(block)
+        target.write(block)
+    return digest.hexdigest()
