@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, UserError
 
 app = typer.Typer(
     help="Dataset distillation: real images in, a few synthetic images per class with soft labels out.",
@@ -132,6 +132,32 @@ def history(
     from distillery import compare as comparing
 
     typer.echo(comparing.listing(place, experiment, as_json))
+
+
+@app.command()
+def exporter(
+    place: Annotated[str, typer.Argument(metavar="PLACE", help="Folder or URI with a history/ below it.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 chooses one.")] = 9185,
+    address: Annotated[str, typer.Option(help="Of this machine; :: for IPv6.")] = "0.0.0.0",
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the store.")] = 30.0,
+    days: Annotated[float, typer.Option(min=0, help="Leave out what had no run for so long.")] = 90.0,
+    experiments: Annotated[int, typer.Option(min=1, help="How many are served; those with the newest runs.")] = 100,
+    capacity: Annotated[
+        str, typer.Option(metavar="SIZE", help="What a bucket may hold, such as 2Ti; its objects are counted hourly.")
+    ] = "",
+) -> None:
+    """Serve a store's history to Prometheus (docs/monitoring.md); ends with SIGTERM or Ctrl-C."""
+    from distillery.data.limits import size_of
+
+    try:
+        from distillery import exporter as serving
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        raise UserError(f"exporter needs {error.name}: pip install 'distillery[metrics]'") from error
+    room = size_of(capacity, "--capacity")
+    served = serving.Exporter(place, days=days, experiments=experiments, capacity=room)
+    serving.serve(served, port=port, address=address, every=every)
 
 
 @app.command()

@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
     {"checkpoints", "execution", "experiment", "history", "profiles", "regress", "sharding"},
     {"steps"},
-    {"compare", "estimate", "inspection", "probe", "run"},
+    {"compare", "estimate", "exporter", "inspection", "probe", "run"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -268,7 +268,8 @@ def test_lock_answers_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     locks = {"requirements-dev.txt": extras["dev"]}
-    locks["requirements.txt"] = [*project["dependencies"], *extras["pipeline"], *extras["report"], *extras["digits"]]
+    named = ("pipeline", "report", "digits", "metrics")
+    locks["requirements.txt"] = [*project["dependencies"], *(need for name in named for need in extras[name])]
     for name, wanted in locks.items():
         pins = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         for need in map(Requirement, wanted):
