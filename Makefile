@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch schedule lock minio kube grafana clean
+.PHONY: help setup demo test test-containers lint docs format compile image submit status logs cancel watch schedule lock minio kube grafana clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
@@ -50,6 +50,11 @@ lint: $(READY) ## check style, format and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+docs: $(READY) ## build the site of docs/ into build/site, warnings as errors
+	@rm -rf build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "site: build/site/index.html"
 
 format: $(READY) ## rewrite the sources in the project's format
 	@$(PY) -m ruff check --fix .
