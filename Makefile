@@ -3,14 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-containers lint format compile image submit status logs cancel watch schedule lock minio kube clean
+.PHONY: help setup demo test test-containers lint docs format compile image submit status logs cancel watch schedule lock minio kube grafana clean
 
 UV_VERSION := 0.13.8
 PYTHONS := >=3.11,<3.15
 MINIO_VERSION := v0.0.0-20260212201848-7aac2a2c5b7c
 MINIO := .tools/bin/minio
-KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds
+KUBE := .tools/bin/kube-apiserver .tools/bin/etcd .tools/crds/kueue .tools/crds/prometheus-operator
 KUEUE_VERSION := v0.15.0
+OPERATOR_VERSION := v0.85.0
 KUBE_LDFLAGS := -s -w -X k8s.io/component-base/version.gitVersion=v1.36.3 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36
 
 # A pyenv shim answers `command -v` for a uv that cannot start, so it is asked for its version.
@@ -50,6 +51,11 @@ lint: $(READY) ## check style, format and types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+docs: $(READY) ## build the site of docs/ into build/site, warnings as errors
+	@rm -rf build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "site: build/site/index.html"
+
 format: $(READY) ## rewrite the sources in the project's format
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
@@ -66,15 +72,17 @@ submit status logs cancel watch schedule: $(READY)
 	@$(PY) -m pipelines $@ $(ARGS)
 
 lock: $(UV) ## resolve the newest allowed packages into the hashed requirement files
-	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits -o requirements.txt >/dev/null
+	@$(COMPILE) pyproject.toml --upgrade --extra pipeline --extra report --extra digits --extra metrics -o requirements.txt >/dev/null
 	@$(COMPILE) pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt >/dev/null
-	@$(COMPILE) pyproject.toml --extra report --extra digits -c requirements.txt > images/requirements.txt
+	@$(COMPILE) pyproject.toml --extra report --extra digits --extra metrics -c requirements.txt > images/requirements.txt
 	@echo kfp | $(COMPILE) - --no-deps -c requirements.txt >> images/requirements.txt
 	@echo hatchling | $(COMPILE) - -c requirements-dev.txt > images/requirements-build.txt
 
 minio: $(MINIO) ## build the MinIO server that the store tests talk to (needs Go; about 6 minutes once)
 
 kube: $(KUBE) ## build the Kubernetes API server that ARGS="-m cluster" talks to (needs Go; about 20 minutes once)
+
+grafana: .tools/grafana ## fetch Grafana's published schema for ARGS="-m monitoring" (needs npm; these tests also want apt's prometheus)
 
 clean: ## remove caches and .venv; runs/ and .tools/ stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist local_outputs
@@ -113,8 +121,22 @@ $(MINIO):
 .tools/bin/etcd: tests/kube/go.mod
 	@cd tests/kube && go build -trimpath -ldflags '-s -w' -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
 
-# Kueue's objects cannot be checked without its definitions.
-.tools/crds:
-	@mkdir -p $@
-	@found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json sigs.k8s.io/kueue@$(KUEUE_VERSION) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
-	install -m 644 "$$found"/config/components/crd/bases/*.yaml $@/
+# Objects of others cannot be checked without their definitions.
+DEFINED = @mkdir -p $@; found=$$(cd $@ && GOFLAGS=-mod=mod go mod download -json $(1) | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
+	install -m 644 $(addprefix "$$found"/,$(2)) $@/
+
+.tools/crds/kueue:
+	$(call DEFINED,sigs.k8s.io/kueue@$(KUEUE_VERSION),config/components/crd/bases/*.yaml)
+
+.tools/crds/prometheus-operator:
+	$(call DEFINED,github.com/prometheus-operator/prometheus-operator@$(OPERATOR_VERSION),$(foreach kind,servicemonitors prometheusrules,example/prometheus-operator-crd/monitoring.coreos.com_$(kind).yaml))
+
+# Types of dashboards and of the panels that we use, as JSON Schema.
+.tools/grafana: tests/monitoring/grafana/package-lock.json
+	@rm -rf $@ && mkdir -p $@.part && cp $(<D)/package.json $< $@.part/ && cd $@.part && npm ci --silent --no-audit --no-fund; \
+	types=node_modules/@grafana/schema/dist/types/raw; \
+	schema() { npx --no-install ts-json-schema-generator --no-type-check --path "$$1" --type "$$2" --out "$$3.json"; }; \
+	schema $$types/dashboard/x/dashboard_types.gen.d.ts Dashboard dashboard; \
+	for kind in stat table bargauge timeseries; do schema "$$types/composable/$$kind/panelcfg/x/*.d.ts" Options $$kind; done; \
+	schema "$$types/composable/timeseries/panelcfg/x/*.d.ts" FieldConfig timeseries-field
+	@mv $@.part $@

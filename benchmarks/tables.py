@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pictures, reference
 from distillery import estimate, methods
 from distillery.config import plain
 from distillery.data import DATASETS
@@ -173,6 +174,12 @@ def cost(name: str, dataset: str) -> str:
     return f"{forwards:,.0f} + {backwards:,.0f}" if backwards else f"{forwards:,.0f}"
 
 
+def costs(name: str) -> str:
+    """The same in a sentence, for the method's page."""
+    said = " and ".join(f"{cost(name, one)} on {one}" for one in COSTS)
+    return f"Passes of the teacher for one image at IPC 10 (forward + backward): {said}."
+
+
 def sizing() -> str:
     """What the experiments of docs/sizing cost on the machine that the page assumes: the lines of `distillery plan`."""
     plans, taught = {}, []
@@ -180,6 +187,8 @@ def sizing() -> str:
         lines = [line.strip() for line in estimate.table(str(path), TFLOPS).splitlines()]
         taught.append(", ".join(line.removeprefix("teacher ") for line in lines if line.startswith("teacher ")))
         plans[path.stem] = {line.split("-")[0]: re.split(r"\s{2,}", line)[1:] for line in lines}
+        if lacking := [name for name in METHODS if name not in plans[path.stem]]:
+            raise ValueError(f"{path.relative_to(ROOT)}: no cell of {', '.join(lacking)}; add a line under methods")
     found = [["teachers, once", *taught]]
     for name in METHODS:
         cells = [plan[name] for plan in plans.values()]
@@ -242,9 +251,11 @@ def parts() -> dict[Path, dict[str, str]]:
         ROOT / "docs" / "operations.md": {"sizing": sizing()},
         ROOT / "docs" / "resources.md": {"profiles": profiles(), "constants": constants()},
         ROOT / "docs" / "use_cases.md": {name: use_case(name) for name in USES},
+        ROOT / "docs" / "experiment.md": {part: markdown(*table) for part, table in reference.tables().items()},
     }
     for name, method in METHODS.items():
         own = {"options": options(method), "recipes": recipes(method), "measured": measured(name)}
+        own |= {"cost": costs(name), "picture": pictures.shown(name)}
         found[PAGES / f"{name}.md"] = own
     return found
 
@@ -252,7 +263,11 @@ def parts() -> dict[Path, dict[str, str]]:
 def main() -> int:
     """Rewrite or check all pages."""
     checking, wrong = "--check" in sys.argv, []
-    for path, own in parts().items():
+    try:
+        pages = parts()
+    except ValueError as error:
+        sys.exit(str(error))
+    for path, own in pages.items():
         named = path.relative_to(ROOT).as_posix()
         if not path.exists():
             wrong.append(f"{named}: the page is missing; write it beside the others")

@@ -1,24 +1,45 @@
-"""Everything of one cell -> result artifact."""
+"""Everything of one cell -> result artifact, and what the KFP UI shows of it."""
 
 import functools
-from typing import Dict
+from typing import Any, Dict
 
-from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
 
 from components._step import connect, facts, step
 
 
-def scores(folder: str) -> Dict[str, float]:
-    """Accuracies of a result in percent, one name per student; `failed` is 1 for the artifact of a failed cell."""
+def scores(folder: str, run: Dict[str, Any]) -> Dict[str, float]:
+    """A result's numbers under names that people read: `accuracy rded ipc10 convnet3 fair-soft`, in percent.
+
+    `failed` is 1 for the artifact of a failed cell. Seeds share names, so that the compare page sets them side by side.
+    `run` is the part of the manifest that says what was spent.
+    """
     import json
+    import math
     import pathlib
     import re
 
     path = pathlib.Path(folder, "result.json")
-    found = json.loads(path.read_text(encoding="utf-8"))["students"] if path.exists() else []
-    names = [re.sub(r"[^A-Za-z0-9]+", "_", f"{i}_{s['net']}_{s['recipe']}").strip("_") for i, s in enumerate(found)]
-    values = {f"acc_{w}_{n}": 100 * s[f"acc_{w}"] for n, s in zip(names, found, strict=True) for w in ("last", "best")}
-    return {"failed": float(not found), **values}
+    if not path.exists():
+        return {"failed": 1.0}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    cell, named = found["cell"], {"failed": 0.0, "seed": float(found["cell"]["seed"])}
+    seen: Dict[str, int] = {}
+    for student in found["students"]:
+        words = f"{cell['method']} ipc{cell['ipc']} {student['net']} {student['recipe']}"
+        words = " ".join(re.sub(r"[^A-Za-z0-9_.-]+", " ", words).split())  # what MLflow takes in a name
+        seen[words] = seen.get(words, 0) + 1
+        words += f" no{seen[words]}" if seen[words] > 1 else ""
+        named[f"accuracy {words}"] = round(100 * student["acc_last"], 2)
+        named[f"best accuracy {words}"] = round(100 * student["acc_best"], 2)
+    if found["students"]:
+        named["image bytes"] = float(found["students"][0]["image_bytes"])
+        named["label bytes"] = float(max(s["label_bytes"] for s in found["students"]))
+    for name in ("synthesize", "relabel", "evaluate_student"):
+        named[f"seconds {name}"] = float(run.get("steps", {}).get(name, math.nan))
+        for kind, held in run.get("peaks", {}).get(name, {}).items():
+            named[f"{kind} bytes {name}"] = float(held)
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 @functools.partial(step, additional_funcs=[facts, connect, scores])
@@ -30,6 +51,7 @@ def evaluate_student(
     labels: Input[Artifact],
     result: Output[Artifact],
     metrics: Output[Metrics],
+    confusion: Output[ClassificationMetrics],
     attempt: str = "1",
     checkpoints: str = "",
     s3_endpoint: str = "",
@@ -39,6 +61,8 @@ def evaluate_student(
     from distillery import steps
 
     connect(s3_endpoint, s3_region)
-    inputs = (data.path, teachers.path, synthetic.path, labels.path)
-    result.metadata.update(facts(steps.evaluate_student(cell, *inputs, result.path, checkpoints)))
-    metrics.metadata.update(scores(result.path))
+    made = steps.evaluate_student(cell, data.path, teachers.path, synthetic.path, labels.path, result.path, checkpoints)
+    result.metadata.update(facts(made))
+    metrics.metadata.update(scores(result.path, made.run))
+    for names, counts in steps.mistakes(result.path):
+        confusion.log_confusion_matrix(names, counts)

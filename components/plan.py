@@ -38,8 +38,9 @@ def plan(
     s3_endpoint: str = "",
     s3_region: str = "",
     checkpoints: str = "",
+    history: str = "",
 ) -> List[dict]:
-    """Check the experiment and the store of checkpoints before anything is spent, and resolve what each pod asks for.
+    """Check the experiment and its stores before anything is spent, and resolve what each pod asks for.
 
     `upstream` and `gathering` are what data and teachers depend on: KFP's cache compares these texts, so another method
     or student makes neither again. A loop's pods find their requests in the cells; the others are outputs.
@@ -70,4 +71,4 @@ def plan(
             gather_gpus: teachers["gpus"],
         }
     )
-    return steps.plan(experiment, code_version, asked, checkpoints)
+    return steps.plan(experiment, code_version, asked, checkpoints, history)

@@ -32,11 +32,18 @@ def report(
     code_version: str = "",
     s3_endpoint: str = "",
     s3_region: str = "",
+    history: str = "",
+    schedule: str = "",
+    run: str = "",
 ) -> List[str]:
-    """Leaderboard, curves and image grids of the cells that worked; returns what failed, one line per cell."""
+    """Leaderboard, curves and image grids of the cells that worked; returns what failed, one line per cell.
+
+    The run is entered into the store's history and compared with the one before it, where `history` names a store.
+    """
     from distillery import steps
 
     connect(s3_endpoint, s3_region)
-    failures = steps.report(experiment, [result.path for result in results], summary.path, code_version)
+    folders = [result.path for result in results]
+    failures = steps.report(experiment, folders, summary.path, code_version, history, schedule, run)
     metrics.metadata.update(show(summary.path, page.path, table.path))
     return failures

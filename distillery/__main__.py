@@ -1,4 +1,4 @@
-"""The command line: check, plan, run, inspect, methods, export, publish.
+"""The command line: check, plan, run, inspect, compare, history, methods, export, publish.
 
 Exit status 0 done, 1 failed, 2 the user's mistake.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distillery.errors import DistilleryError
+from distillery.errors import DistilleryError, UserError
 
 if TYPE_CHECKING:
     from distillery.artifact import Manifest
@@ -74,6 +74,9 @@ def run(
     out: Annotated[str, typer.Option(help="Output folder, or file:// or s3:// URI; an earlier run there continues.")],
     changes: Changes = None,
     log: Annotated[Log | None, typer.Option(help="plain (default), quiet, or json lines for pods.")] = None,
+    history: Annotated[
+        str, typer.Option(metavar="PLACE", help="Folder or URI whose history/ receives a record of the run [OUT].")
+    ] = "",
 ) -> None:
     """Run an experiment to its report; start it again after any interruption and it continues."""
     from distillery import experiment, steps
@@ -81,7 +84,7 @@ def run(
 
     if log is not None:
         os.environ["DISTILLERY_LOG"] = log.value
-    done = runner.run(experiment.override(source, changes or []), out)
+    done = runner.run(experiment.override(source, changes or []), out, history)
     typer.echo((done.report / "report.md").read_text(encoding="utf-8"))
     typer.echo(f"report: {done.uri}/report.html")
     steps.verdict(done.failures)
@@ -105,6 +108,59 @@ def probe(
     from distillery import probe as surroundings
 
     typer.echo(json.dumps(surroundings.probe(uri)))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Two or more: run folders, reports, records.")],
+    place: Annotated[
+        str, typer.Option("--history", metavar="PLACE", help="Store in whose history/ RUN may be an id.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Print what differs between runs: configuration, code, hardware, and results with a test over seeds."""
+    from distillery import compare as comparing
+
+    found = comparing.compare([comparing.find(run, place) for run in runs])
+    typer.echo(json.dumps(found, indent=1) if as_json else comparing.text(found))
+
+
+@app.command()
+def history(
+    place: Annotated[str, typer.Argument(metavar="PLACE", help="Folder or URI with a history/ below it.")],
+    experiment: Annotated[str, typer.Option(help="Only runs of this experiment.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the runs of a store, oldest first: when, how they ended, their best result, and what got worse."""
+    from distillery import compare as comparing
+
+    typer.echo(comparing.listing(place, experiment, as_json))
+
+
+@app.command()
+def exporter(
+    place: Annotated[str, typer.Argument(metavar="PLACE", help="Folder or URI with a history/ below it.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 chooses one.")] = 9185,
+    address: Annotated[str, typer.Option(help="Of this machine; :: for IPv6.")] = "0.0.0.0",
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the store.")] = 30.0,
+    days: Annotated[float, typer.Option(min=0, help="Leave out what had no run for so long.")] = 90.0,
+    experiments: Annotated[int, typer.Option(min=1, help="How many are served; those with the newest runs.")] = 100,
+    capacity: Annotated[
+        str, typer.Option(metavar="SIZE", help="What a bucket may hold, such as 2Ti; its objects are counted hourly.")
+    ] = "",
+) -> None:
+    """Serve a store's history to Prometheus (docs/monitoring.md); ends with SIGTERM or Ctrl-C."""
+    from distillery.data.limits import size_of
+
+    try:
+        from distillery import exporter as serving
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        raise UserError(f"exporter needs {error.name}: pip install 'distillery[metrics]'") from error
+    room = size_of(capacity, "--capacity")
+    served = serving.Exporter(place, days=days, experiments=experiments, capacity=room)
+    serving.serve(served, port=port, address=address, every=every)
 
 
 @app.command()

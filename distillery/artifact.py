@@ -47,14 +47,14 @@ class Manifest:
     """What an artifact is, what it was made from and what it consists of. Only `run` and `code_version`, its own and
     those of artifacts inside it, may differ between two artifacts of equal content."""
 
-    kind: str  # dataset | teacher | teachers | piece | pieces | synthetic | labels | result | failure | report
+    kind: str  # dataset | teacher | teachers | piece | pieces | synthetic | labels | result | failure | report | set
     step: str  # the step that made it
     config: Facts  # that step's resolved config
     inputs: dict[str, str]  # input name -> fingerprint
     meta: Facts  # facts of this kind, the same in every run
     files: dict[str, FileFacts]  # relative path -> size and hash
     code_version: str
-    run: Facts  # seconds, steps (step -> seconds, upstream included), hardware, versions, created
+    run: Facts  # seconds, steps (step -> seconds), peaks (step -> bytes), hardware, versions, created; with upstream's
     schema: int = SCHEMA
 
     @functools.cached_property
@@ -91,6 +91,7 @@ def finish(
     meta: Mapping[str, Any],
     seconds: float,
     hardware: str,
+    peak: Mapping[str, int] | None = None,
 ) -> Manifest:
     """Hash what lies in `folder` and write its manifest: from here on the artifact counts.
 
@@ -103,6 +104,7 @@ def finish(
         meta: facts about the content, JSON values only.
         seconds: what the step itself took.
         hardware: what it ran on.
+        peak: bytes of memory it held at most, by kind (ram, gpu).
 
     Raises:
         StoreError: the disk is full. CorruptArtifact: an input has no readable manifest.
@@ -112,6 +114,8 @@ def finish(
     for each in {source.step for source in sources.values()}:  # several teachers: all their training counts
         same = {s.fingerprint: s.run.get("seconds", 0.0) for s in sources.values() if s.step == each}
         steps |= {each: round(sum(same.values()), 3)} if len(same) > 1 else {}
+    peaks = {name: held for source in sources.values() for name, held in source.run.get("peaks", {}).items()}
+    peaks |= {step: dict(peak)} if peak else {}
     begin(folder)
     with disk(folder):
         files = {name: _facts(folder / name) for name in _names(folder)}
@@ -126,6 +130,7 @@ def finish(
         run={
             "seconds": round(seconds, 3),
             "steps": {**steps, step: round(seconds, 3)},
+            "peaks": peaks,
             "hardware": hardware,
             "versions": _versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -59,13 +59,13 @@ class Options(Strict):
 class DatasetConfig(Strict):
     """Which real images, and where they are."""
 
-    name: str
+    name: str  # one of the data sets below
     root: str = ""  # folder in torchvision's layout, s3:// prefix, or "" for the cache
     download: bool = False  # let torchvision fetch the set, with its checksums
     size: Annotated[int, Field(ge=0, le=1024)] = 0  # pixels; 0 = the data set's own
     per_class: Whole = 0  # the first n training images of each class; 0 = all
-    on_unreadable: Literal["fail", "skip"] = "fail"
-    max_unreadable: Whole = 10
+    on_unreadable: Literal["fail", "skip"] = "fail"  # an image that cannot be read stops the run, or is left out
+    max_unreadable: Whole = 10  # how many may be left out
     store: str = ""  # URI: photo shards are published there and only referenced
 
 
@@ -73,98 +73,98 @@ class TeacherConfig(Strict):
     """A network that scores, selects and labels; trained here or given."""
 
     name: NameOrNone = ""  # what methods call it; "" = the net's name
-    net: str = "convnet3"
-    net_options: dict[str, Scalar] = {}
+    net: str = "convnet3"  # a name of the table of nets
+    net_options: dict[str, Scalar] = {}  # options of that net, for example width
     weights: str = ""  # safetensors path or URI, or torchvision:NAME; "" = train it here
     classes: tuple[str, ...] = ()  # class order of given weights; () = the data set's
     mean: PerChannel = ()  # normalisation of given weights; () = the data set's
-    std: PositivePerChannel = ()
-    seed: Seed = 0
-    epochs: Count = 12
-    batch: Count = 256
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.2
-    momentum: Fraction = 0.9
-    weight_decay: Weight = 5e-4
-    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    std: PositivePerChannel = ()  # the same of the deviations
+    seed: Seed = 0  # of weights, order and augmentation
+    epochs: Count = 12  # passes over the training images
+    batch: Count = 256  # images per step
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # SGD with Nesterov momentum, or AdamW
+    lr: Positive = 0.2  # highest learning rate
+    momentum: Fraction = 0.9  # of SGD
+    weight_decay: Weight = 5e-4  # on all parameters
+    schedule: Literal["onecycle", "cosine"] = "onecycle"  # of the learning rate
     warmup: Fraction = 0.2  # share of the steps spent rising to lr
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # share of the target spread over all classes
     crop_pad: Whole = 4  # zero padding of the random crop (tensors up to 64 px)
     crop_scale: Area = (0.08, 1.0)  # of the random resized crop (photos)
-    flip: Fraction = 0.5
+    flip: Fraction = 0.5  # probability of a horizontal flip
     stop_at: Fraction = 0.0  # stop once validation accuracy reaches this; 0 = never
     min_accuracy: Fraction = 0.0  # gate: below this nothing is spent on synthesis
     expected_accuracy: Fraction = 0.0  # gate for given weights: within `tolerance` of this
-    tolerance: Fraction = 0.003
+    tolerance: Fraction = 0.003  # half the width of that gate
 
 
 class ViewPolicy(Strict):
     """How one augmented view of an image is drawn; the same law for teacher and student."""
 
-    crop: Literal["none", "pad", "rrc"] = "none"
-    crop_pad: Whole = 4
-    crop_scale: tuple[Positive, Positive] = (0.08, 1.0)
-    crop_ratio: tuple[Positive, Positive] = (0.75, 4.0 / 3.0)
-    flip: Fraction = 0.5
+    crop: Literal["none", "pad", "rrc"] = "none"  # none, after zero padding, or random resized crop
+    crop_pad: Whole = 4  # pixels of padding
+    crop_scale: tuple[Positive, Positive] = (0.08, 1.0)  # share of the area that a resized crop keeps
+    crop_ratio: tuple[Positive, Positive] = (0.75, 4.0 / 3.0)  # its width by height
+    flip: Fraction = 0.5  # probability of a horizontal flip
     shuffle_patches: Count = 1  # strips per axis permuted (RDED); 1 = off
-    randaugment_n: Whole = 0
-    randaugment_m: Weight = 0.0
+    randaugment_n: Whole = 0  # operations per view; 0 = off
+    randaugment_m: Weight = 0.0  # their magnitude, 0 to 30
     dsa: str = ""  # for example color_crop_cutout_flip_scale_rotate
-    mix: Literal["none", "cutmix", "mixup"] = "none"
-    mix_alpha: Positive = 1.0
+    mix: Literal["none", "cutmix", "mixup"] = "none"  # CutMix or MixUp of the views of a batch
+    mix_alpha: Positive = 1.0  # of the Beta distribution of the share
 
 
 class Recipe(Strict):
     """How a student is trained and with which labels."""
 
-    name: str
-    regime: Literal["soft", "hard"] = "soft"
-    epochs: Count = 300
-    batch: Count = 50
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Positive = 1e-3
-    momentum: Fraction = 0.9
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: Weight = 0.01
-    decay_filter: Literal["all", "matrices"] = "all"
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    name: str  # what reports call it; the preset's unless written
+    regime: Literal["soft", "hard"] = "soft"  # the teacher's labels, or the class alone
+    epochs: Count = 300  # passes over the synthetic images
+    batch: Count = 50  # images per step
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # AdamW, or SGD with momentum
+    lr: Positive = 1e-3  # highest learning rate
+    momentum: Fraction = 0.9  # of SGD
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # of AdamW
+    weight_decay: Weight = 0.01  # see decay_filter
+    decay_filter: Literal["all", "matrices"] = "all"  # what weight_decay acts on
+    schedule: Literal["cosine", "step", "constant"] = "cosine"  # of the learning rate
     zeta: Positive = 1.0  # cosine over zeta times the run: 2 ends at half the lr
-    warmup_epochs: Whole = 0
+    warmup_epochs: Whole = 0  # epochs spent rising to lr
     step_at: tuple[Fraction, ...] = ()  # shares of the run
-    step_gamma: Positive = 0.1
-    loss: Literal["kl", "mse_ce", "ce"] = "kl"
-    temperature: Positive = 20.0
+    step_gamma: Positive = 0.1  # times the learning rate at each of step_at
+    loss: Literal["kl", "mse_ce", "ce"] = "kl"  # KL to the soft labels, MSE to them plus CE, or CE
+    temperature: Positive = 20.0  # of the KL
     kl_t2: bool = False  # multiply the KL by temperature squared
     ce_weight: Weight = 0.0  # gamma of MSE + gamma CE
-    teacher_mode: Literal["eval", "bssl", "train"] = "eval"
-    bn_momentum: Fraction = 0.1
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    views: ViewPolicy = ViewPolicy()
+    teacher_mode: Literal["eval", "bssl", "train"] = "eval"  # how its BatchNorm normalises while it labels
+    bn_momentum: Fraction = 0.1  # of the student's BatchNorm
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a running mean of the weights; 0 = off
+    views: ViewPolicy = ViewPolicy()  # augmentation
     evaluate_every: Whole = 0  # epochs; 0 = a sparse curve and six in the last fifth
 
 
 class LabelConfig(Strict):
     """Where the soft labels are made: beside the student, or beforehand."""
 
-    mode: Literal["on_the_fly", "stored"] = "on_the_fly"
+    mode: Literal["on_the_fly", "stored"] = "on_the_fly"  # beside the student, or in a file before it
     top_k: Whole = 0  # stored only: logits kept per view; 0 = all
 
 
 class StudentChoice(Strict):
     """A student as written in an experiment: a preset's name, or `{preset: NAME, key: value}`."""
 
-    net: str
-    net_options: dict[str, Scalar] = {}
-    recipe: str | dict[str, Any] = "fair-soft"
+    net: str  # a name of the table of nets
+    net_options: dict[str, Scalar] = {}  # options of that net
+    recipe: str | dict[str, Any] = "fair-soft"  # a preset, or {preset: NAME, key: value}
 
 
 class MethodChoice(Strict):
     """Cells of one method: every ipc with every seed."""
 
-    method: str
-    ipc: Annotated[tuple[Count, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    options: dict[str, Any] = {}
+    method: str  # a name of the methods
+    ipc: Annotated[tuple[Count, ...], Field(min_length=1)]  # images per class
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)  # of the images and of the students
+    options: dict[str, Any] = {}  # the method's own; its page lists them
     shards: Count = 1  # pieces in which each cell's images are made; changes no image
     teachers: tuple[str, ...] = ()  # names; () = all where the method can use several, else the first
 
@@ -218,16 +218,16 @@ class Piece(Cell):
 class Experiment(Strict):
     """What is compared: data, teachers, methods, students."""
 
-    name: Name
-    dataset: DatasetConfig
+    name: Name  # of the run and of its output
+    dataset: DatasetConfig  # real images
     teacher: TeacherConfig | None = None  # the only one, ...
     teachers: tuple[TeacherConfig, ...] = ()  # ... or several; neither = a default one
-    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)]
-    students: Annotated[tuple[StudentChoice, ...], Field(min_length=1)]
-    labels: LabelConfig = LabelConfig()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    stop_on_failure: bool = False
+    methods: Annotated[tuple[MethodChoice, ...], Field(min_length=1)]  # what is compared
+    students: Annotated[tuple[StudentChoice, ...], Field(min_length=1)]  # what is trained on the images
+    labels: LabelConfig = LabelConfig()  # how soft labels are made
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    stop_on_failure: bool = False  # a failed cell stops the run
     profile: str = "cpu"  # what the pods of each step ask for, see profiles.py
 
     @property

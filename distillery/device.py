@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import platform
+import resource
 import sys
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -83,6 +84,25 @@ def hardware(compute: Compute) -> str:
     if compute.device.type == "cuda":
         return f"{torch.cuda.get_device_name(compute.device)}, {compute.precision}"
     return f"{_cpu_name()}, {torch.get_num_threads()} threads, {compute.precision}"
+
+
+def watch_memory(compute: Compute | None) -> None:
+    """Start a new peak of memory; where the kernel does not let a process do that, the old one stays."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
+        peak.write("5")
+    if compute and compute.device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(compute.device)
+
+
+def peak_memory(compute: Compute | None) -> dict[str, int]:
+    """Bytes held at most since `watch_memory`: `ram` of this process, and `gpu` as torch allocated it."""
+    found = {"ram": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as lines:
+        peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+        found["ram"] = peaks[0] if peaks else found["ram"]
+    if compute and compute.device.type == "cuda" and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.max_memory_allocated(compute.device)
+    return found
 
 
 @functools.cache

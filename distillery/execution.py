@@ -19,7 +19,7 @@ from distillery import artifact, console
 from distillery.checkpoints import LAST, Checkpoints, Mirror, Place, Vault
 from distillery.code_version import digest
 from distillery.config import Cell, plain
-from distillery.device import Compute, hardware
+from distillery.device import Compute, hardware, peak_memory, watch_memory
 from distillery.errors import DistilleryError, UserError
 from distillery.files import disk
 from distillery.track import CHECKPOINT, Track
@@ -95,6 +95,7 @@ class Execution:
                 self.out.mkdir(parents=True, exist_ok=True)
                 handed = True
                 self._say_device()
+                watch_memory(self.spec.compute)
                 with disk(self.out):
                     yield True
                 self._end_uploads()
@@ -177,6 +178,7 @@ class Execution:
             meta=self.meta,
             seconds=time.monotonic() - self._began + sum(part.run.get("seconds", 0.0) for part in parts),
             hardware=self._hardware(parts),
+            peak=self._peak(parts),
         )
 
     def _hardware(self, parts: Sequence[artifact.Manifest]) -> str:
@@ -184,6 +186,12 @@ class Execution:
         if parts:
             return "; ".join(sorted({str(part.run.get("hardware", "")) for part in parts} - {""}))
         return hardware(self.spec.compute) if self.spec.compute else ""
+
+    def _peak(self, parts: Sequence[artifact.Manifest]) -> dict[str, int]:
+        """Memory at most; what is only put together held as much as the largest of its parts."""
+        peaks = [peak_memory(self.spec.compute)]
+        peaks += [part.run.get("peaks", {}).get(part.step, {}) for part in parts]
+        return {kind: max(peak.get(kind, 0) for peak in peaks) for kind in sorted({k for peak in peaks for k in peak})}
 
     def _say_device(self) -> None:
         if self.spec.compute and not self.parts:

@@ -27,22 +27,29 @@ def write_preview(
     """
     assert images_u8.dtype == torch.uint8 and images_u8.ndim == 4, f"{images_u8.dtype} {tuple(images_u8.shape)}"
     assert len(images_u8) == len(labels) > 0, f"{len(images_u8)} images, {len(labels)} labels"
-    rows = [(labels == c).nonzero().flatten().tolist()[:per_class] for c in labels.unique().tolist()[:max_classes]]
-    side = _shown_side(images_u8.shape[-1])
+    rows = shown(labels, max_classes, per_class)
+    side = shown_side(images_u8.shape[-1])
     step = side + max(2, side // 16)
     gap = step - side
     grid = Image.new("RGBA", (max(map(len, rows)) * step - gap, len(rows) * step - gap))
     for y, indices in enumerate(rows):
         for x, index in enumerate(indices):
-            grid.paste(_picture(images_u8[index], side), (x * step, y * step))
+            grid.paste(picture(images_u8[index], side), (x * step, y * step))
     grid.save(path, format="PNG", optimize=True)
 
 
-def _shown_side(side: int) -> int:
+def shown_side(side: int) -> int:
+    """Pixels on a side in the picture of an image with `side` pixels."""
     return min(side * max(1, SMALLEST // side), LARGEST)
 
 
-def _picture(image_u8: torch.Tensor, side: int) -> Image.Image:
-    picture = Image.fromarray(image_u8.permute(1, 2, 0).contiguous().cpu().numpy())
-    enlarged = side >= picture.width  # by a whole factor: keep the pixels sharp
-    return picture.resize((side, side), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+def shown(labels: torch.Tensor, max_classes: int = 10, per_class: int = 10) -> list[list[int]]:
+    """Which images the picture shows: the places of each row's."""
+    return [(labels == c).nonzero().flatten().tolist()[:per_class] for c in labels.unique().tolist()[:max_classes]]
+
+
+def picture(image_u8: torch.Tensor, side: int) -> Image.Image:
+    """One image [3, S, S] as it stands in the picture."""
+    whole = Image.fromarray(image_u8.permute(1, 2, 0).contiguous().cpu().numpy())
+    enlarged = side >= whole.width  # by a whole factor: keep the pixels sharp
+    return whole.resize((side, side), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
 """The in-process runner: the same steps in the same order, resumable, into a folder or an object store.
 
-    OUT/experiment.yaml  1-data/  2-teachers/  3-synthetic/  4-labels/  5-students/  6-report/  log.jsonl
+    OUT/experiment.yaml  1-data/  2-teachers/  3-synthetic/  4-labels/  5-students/  6-report/  history/  log.jsonl
 
 Every artifact's folder ends in its step's key (see `execution.Spec.key`), so a run that starts again finds what is
 finished and repeats only what changed. With an object store as OUT the work happens in a local cache; each artifact is
@@ -39,12 +39,13 @@ class Done:
     failures: list[str]
 
 
-def run(source: str, out: str) -> Done:
+def run(source: str, out: str, history: str = "") -> Done:
     """Run an experiment to its end.
 
     Args:
         source: see `experiment.read`.
         out: a folder, or a file:// or s3:// URI.
+        history: folder or URI of the store whose history receives the run; "" = `out`.
 
     Returns:
         The report's place and the failed cells (the caller decides the exit status).
@@ -57,7 +58,7 @@ def run(source: str, out: str) -> Done:
     wanted = experiment.load(source)
     experiment.cells(wanted)
     _check_report()
-    store = open_store(out)
+    store, _ = open_store(out), open_store(history or out)  # a wrong place shows now, not after hours
     remote, name = not isinstance(store, LocalStore), hashlib.sha256(store.uri.encode()).hexdigest()[:16]
     local = store.root if isinstance(store, LocalStore) else cache_root() / "runs" / name
     with store.hold("run"):
@@ -67,7 +68,7 @@ def run(source: str, out: str) -> Done:
         local.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("DISTILLERY_EVENTS", str(events))
         try:
-            return _Run(text, local, store if remote else None).all()
+            return _Run(text, local, store if remote else None, history or out).all()
         finally:
             if before is None:
                 del os.environ["DISTILLERY_EVENTS"]
@@ -80,6 +81,7 @@ class _Run:
     text: str
     local: Path
     remote: Store | None
+    history: str
 
     def all(self) -> Done:
         cells, every = steps.plan(self.text), steps.plan_teachers(self.text)
@@ -91,7 +93,7 @@ class _Run:
         self._step(teachers, lambda out, kept: steps.gather_teachers(self.text, data, taught, out, kept))
         results = [self._cell(cell, data, teachers) for cell in cells]
         out = self.local / "6-report"
-        failures = steps.report(self.text, list(results), out)
+        failures = steps.report(self.text, list(results), out, history=self.history)
         if self.remote is not None:
             self.remote.push(out, "6-report")
         return Done(out, f"{self.remote.uri}/6-report" if self.remote else str(out), failures)

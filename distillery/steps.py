@@ -27,7 +27,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distillery import artifact, console, evaluate, experiment, labels, methods, profiles, sharding, statistics
+from distillery import (
+    artifact,
+    console,
+    evaluate,
+    experiment,
+    labels,
+    methods,
+    neighbours,
+    profiles,
+    regress,
+    sharding,
+    statistics,
+)
+from distillery import history as histories
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
@@ -42,13 +55,15 @@ from distillery.execution import Execution, Spec, clear
 from distillery.nets import pretrained
 from distillery.preview import write_preview
 from distillery.profiles import Wish
+from distillery.report.notes import Past
 from distillery.store import check_access
 
 Folder = str | Path
+MOST_SHOWN = 100  # classes of a confusion matrix that Kubeflow keeps in its database
 
 
 def plan(
-    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = ""
+    source: str, code: str = "", pods: Mapping[str, str] | None = None, checkpoints: str = "", history: str = ""
 ) -> list[dict[str, Any]]:
     """The cells of an experiment, as JSON-able dicts.
 
@@ -56,7 +71,9 @@ def plan(
         source: see `experiment.read`.
         code: code version to stamp on the cells; default is this package's.
         pods: what was said about pods, see `profiles.Wish`; None where the steps run on this machine.
-        checkpoints: the URI that later steps get; it and the data set's own store are tried before anything is spent.
+        checkpoints: the URI that later steps get; it, `history` and the data set's own store are tried before anything
+            is spent.
+        history: the URI that `report` gets.
 
     Raises:
         UserError: anything wrong with the experiment or with what was said about pods, or a store that may not be
@@ -64,7 +81,7 @@ def plan(
         StoreError: a store that does not answer.
     """
     cells = experiment.check(source, code, None if pods is None else Wish(**pods))
-    for place in {checkpoints, experiment.load(source).dataset.store} - {""}:
+    for place in {checkpoints, history, experiment.load(source).dataset.store} - {""}:
         check_access(place)
     return [plain(cell) for cell in cells]
 
@@ -346,32 +363,72 @@ def evaluate_student(
     step = Execution(result_spec(cell, data, teachers, synthetic_in, labels_in), Path(out), checkpoints)
     with step.running() as work:
         if work:
-            result = evaluate.students(
+            images, made = real.load(Path(data)), synthetic.load(Path(synthetic_in))
+            result, predicted = evaluate.students(
                 this,
-                real.load(Path(data)),
+                images,
                 teaching.load(Path(teachers), step.spec.compute or choose(), this.teachers),
-                synthetic.load(Path(synthetic_in)),
+                made,
                 Path(labels_in),
                 step.track(),
             )
+            evaluate.write_predictions(predicted, images.counts("val"), step.out)
+            result["neighbours"] = neighbours.write(made, images, step.out)
             (step.out / "result.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
             shutil.copyfile(Path(synthetic_in) / "preview.png", step.out / "preview.png")
             found = result["students"]
             step.meta = {"cell": this.id, "acc_last": [s["acc_last"] for s in found]}
             step.meta["acc_best"] = [s["acc_best"] for s in found]
+            step.meta["images_sha256"] = step.spec.sources["synthetic"].files[synthetic.FILE]["sha256"]
             step.summary = ", ".join(f"{s['net']}/{s['recipe']} {100 * s['acc_last']:.2f} %" for s in found)
     return step.manifest
 
 
-def report(source: str, results: list[Folder], out: Folder, code: str = "") -> list[str]:
-    """Results and failures -> `report` artifact: results.csv, report.md, report.html. Returns the failures."""
+def mistakes(result: Folder) -> list[tuple[list[str], list[list[int]]]]:
+    """The confusion matrix of a result's first student, as classes and counts; none where a table could not hold it."""
+    path = Path(result) / "result.json"
+    names = json.loads(path.read_text())["classes"] if path.exists() else []
+    counts = evaluate.confusion(Path(result), 0, len(names)) if len(names) <= MOST_SHOWN else None
+    if len(set(names)) < len(names):
+        names = [f"{index} {name}" for index, name in enumerate(names)]
+    return [] if counts is None else [(names, counts.tolist())]
+
+
+def report(
+    source: str,
+    results: list[Folder],
+    out: Folder,
+    code: str = "",
+    history: str = "",
+    schedule: str = "",
+    run: str = "",
+) -> list[str]:
+    """Results and failures -> `report` artifact: results.csv, report.md, report.html, record.json.
+
+    Args:
+        source: see `experiment.read`.
+        results: the cells' artifacts.
+        out: folder of the report.
+        code: version of the code; "" = this package's.
+        history: folder or URI of the store whose history receives the run; "" = none. What goes wrong with it stands
+            in the report and stops nothing.
+        schedule: name of the recurring run that started this one; it is compared with its like only.
+        run: the run's id; "" makes one.
+
+    Returns:
+        The failures, one line each.
+    """
     wanted, began, folder = experiment.load(source), time.monotonic(), Path(out)
     console.emit({"event": "step", "step": "report", "status": "started"})
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder)
     text, _ = experiment.read(source)
-    taught = experiment.taught(wanted)
-    summary = reports.build(wanted.name, [Path(r) for r in results], folder, code or code_version(), text, taught)
+    ungated = [one.name for one in wanted.every_teacher if not (one.min_accuracy or one.expected_accuracy)]
+    taught, folders, code = experiment.taught(wanted), [Path(r) for r in results], code or code_version()
+    record = histories.of(wanted, text, folders, code=code, run=run, schedule=schedule)
+    record, before = _entered(record, history)
+    summary = reports.build(wanted.name, folders, folder, code, text, taught, ungated, before)
+    (folder / histories.FILE).write_bytes(record.json())
     seconds = time.monotonic() - began
     artifact.finish(
         folder,
@@ -388,6 +445,23 @@ def report(source: str, results: list[Folder], out: Folder, code: str = "") -> l
         | {"summary": f"{len(results)} cells, {len(summary.failures)} failed"}
     )
     return summary.failures
+
+
+def _entered(record: histories.Record, place: str) -> tuple[histories.Record, Past]:
+    """The record as it stands in the history, and how the run stands beside the one before it."""
+    if not place:
+        return record, Past()
+    try:
+        record, before = histories.enter(place, record, regress.judge)
+    except (DistilleryError, OSError) as error:
+        text = f"not entered into the history of {place}: {type(error).__name__}: {error}"
+        console.emit({"event": "note", "step": "report", "text": f"WARNING: {text}"})
+        return record, Past(unwritten=text)
+    metrics = {"regressions": float(len(record.regressions))}
+    metrics |= {"accuracy_drop_max": round(regress.largest_drop(before, record), 2)} if before else {}
+    for found in record.regressions:
+        console.emit({"event": "note", "step": "report", "text": f"WORSE than the run before: {found.text}"})
+    return record, Past(record.previous, [asdict(found) for found in record.regressions], metrics)
 
 
 def verdict(failures: list[str]) -> None:

@@ -28,7 +28,7 @@ from distillery.device import Compute
 from distillery.labels import Source
 from distillery.rng import derived_seed, seeded
 from distillery.track import Track
-from distillery.train import Ema, accuracy, lr_factor, make_optimizer, pack, set_lr, unpack
+from distillery.train import Ema, grade, lr_factor, make_optimizer, pack, predictions, set_lr, unpack
 
 if TYPE_CHECKING:
     from distillery.data.synthetic import Synthetic
@@ -49,6 +49,7 @@ class Outcome:
         curve: [epoch, accuracy, mean training loss since the point before].
         per_class: accuracy of each class after the last epoch.
         views: images the student was shown.
+        predicted: the class given to each validation image after the last epoch.
     """
 
     acc_last: float
@@ -57,6 +58,7 @@ class Outcome:
     curve: list[list[float]]
     per_class: list[float]
     views: int
+    predicted: list[int]
 
 
 def train(
@@ -98,18 +100,19 @@ def train(
     due = evaluation_epochs(recipe.epochs, recipe.evaluate_every)
     run.resume()
     per_class: list[float] = []
+    predicted: list[int] = []
     while run.done < run.total:
         run.step()
         if run.done % run.per_epoch == 0 and (epoch := run.done // run.per_epoch) in due:
             run.look()
-            acc, per_class = exam.grade(run.judged, full=due[epoch])
+            acc, per_class, predicted = exam.grade(run.judged, full=due[epoch])
             run.point(epoch, acc, due[epoch])
             track.log(run.done, run.total, epoch=epoch, accuracy=round(acc, 4))
         if track.due() and run.done < run.total:
             run.save()
     last, best = run.curve[-1][1], max(run.full, key=lambda point: (point[1], -point[0]))
     views = recipe.epochs * len(synthetic.labels)
-    return Outcome(last, best[1], int(best[0]), run.curve, per_class, views)
+    return Outcome(last, best[1], int(best[0]), run.curve, per_class, views, predicted)
 
 
 def evaluation_epochs(epochs: int, every: int) -> dict[int, bool]:
@@ -184,11 +187,12 @@ class _Exam:
     norm: Norm
     compute: Compute
 
-    def grade(self, net: nn.Module, full: bool) -> tuple[float, list[float]]:
-        """Accuracy and accuracy per class, on everything or on an even sample (the split is sorted by class)."""
+    def grade(self, net: nn.Module, full: bool) -> tuple[float, list[float], list[int]]:
+        """Accuracy, accuracy per class and predictions: of all images, or an even sample (they are sorted by class)."""
         every = 1 if full else -(-len(self.labels) // SAMPLE)
         view = functools.partial(evaluation_view, size=self.size, mean=self.norm[0], std=self.norm[1])
-        return accuracy(net, self.images_u8, self.labels, view, self.compute, every=every)
+        predicted = predictions(net, self.images_u8, view, self.compute, every=every)
+        return *grade(predicted, self.labels[::every].cpu()), predicted.tolist()
 
 
 @dataclass

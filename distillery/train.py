@@ -129,6 +129,22 @@ def batches(n: int, size: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
+def predictions(
+    net: nn.Module, images_u8: Images, view: View, compute: Compute, batch: int = 500, every: int = 1
+) -> torch.Tensor:
+    """The class a net gives each image in eval mode: [N / every, rounded up] int64 on the CPU; see `accuracy`."""
+    was_training = net.training
+    net.eval()
+    found = []
+    for part in batches(-(-len(images_u8) // every), batch):
+        x_norm = view(compute.images(images_u8[part.start * every : part.stop * every : every]))
+        with compute.autocast():
+            logits = net(x_norm)
+        found.append(logits.float().argmax(1).cpu())
+    net.train(was_training)
+    return torch.cat(found)
+
+
 def accuracy(
     net: nn.Module,
     images_u8: Images,
@@ -152,17 +168,12 @@ def accuracy(
     Returns:
         The fraction that is right, and the same per class in class order (NaN-free: an absent class counts 0).
     """
-    was_training = net.training
-    net.eval()
-    labels, right = labels[::every], []
-    for part in batches(len(labels), batch):
-        x_norm = view(compute.images(images_u8[part.start * every : part.stop * every : every]))
-        with compute.autocast():
-            logits = net(x_norm)
-        right.append(logits.float().argmax(1).cpu() == labels[part].cpu())
-    net.train(was_training)
-    hit = torch.cat(right).double()
-    owners = labels.cpu()
+    return grade(predictions(net, images_u8, view, compute, batch, every), labels[::every].cpu())
+
+
+def grade(predicted: torch.Tensor, owners: torch.Tensor) -> tuple[float, list[float]]:
+    """Accuracy and accuracy per class, as `accuracy`, of predicted and true classes [N]."""
+    hit = (predicted == owners).double()
     counts = torch.bincount(owners)
     per_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owners, hit) / counts.clamp(min=1)
     return float(hit.mean()), per_class.tolist()

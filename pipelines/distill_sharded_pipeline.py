@@ -21,6 +21,7 @@ def distill_sharded(  # docs/resources.md says what each one is
     cell_cpu: str = "", cell_memory: str = "", cell_gpus: str = "",
     tolerations: list = NO_TOLERATIONS, node_selector: dict = ANY_NODE,  # of every step's pod, as in a pod's spec
     s3_endpoint: str = "", s3_region: str = "", checkpoints: str = "",
+    history: str = "", schedule: str = "",  # s3:// prefix that receives a record of the run; name of a recurring run
     s3_secret: str = "distillery-s3", s3_ca: str = "distillery-s3-ca",  # names; the secrets may be missing
 ) -> None:  # fmt: skip
     pods = Pods(image, gpu_type, tolerations, node_selector, s3_secret, s3_ca)
@@ -29,7 +30,7 @@ def distill_sharded(  # docs/resources.md says what each one is
     asked = {"profile": profile, "data_cpu": data_cpu, "data_memory": data_memory}
     asked.update(teacher_cpu=teacher_cpu, teacher_memory=teacher_memory, teacher_gpus=teacher_gpus)
     asked.update(cell_cpu=cell_cpu, cell_memory=cell_memory, cell_gpus=cell_gpus)
-    cells, data, teachers = before_cells(experiment, pods, code, store, asked)
+    cells, data, teachers = before_cells(experiment, pods, code, store, asked, history)
     known = {"data": data, "teachers": teachers, "attempt": attempt, **vars(pods), **store}
     pieces = fit(plan_pieces(cells=cells), pods)
     with dsl.ParallelFor(pieces.output, parallelism=PIECES_AT_ONCE) as p:
@@ -39,4 +40,4 @@ def distill_sharded(  # docs/resources.md says what each one is
         own = pods_of(c, "relabel", "evaluate_student")
         own.update(gather_pieces_cpu=c.gather_pieces_cpu, gather_pieces_memory=c.gather_pieces_memory)  # and no GPU
         one = sharded_cell(cell=c, pieces=bundle, **own, **known)
-    after_cells(experiment, dsl.Collected(one.output), pods, code)
+    after_cells(experiment, dsl.Collected(one.output), pods, code, {"history": history, "schedule": schedule})

@@ -32,7 +32,7 @@ def teacher(
 
 
 def before_cells(
-    experiment: Any, pods: Pods, code: Dict[str, Any], store: Dict[str, Any], asked: Dict[str, Any]
+    experiment: Any, pods: Pods, code: Dict[str, Any], store: Dict[str, Any], asked: Dict[str, Any], history: Any
 ) -> Tuple[Any, Any, Any]:
     """Plan, data and teachers.
 
@@ -42,11 +42,13 @@ def before_cells(
         code: code version, and where the store is.
         store: where the store is, and checkpoints.
         asked: profile, and what was given by hand for data_, teacher_ and cell_.
+        history: where the run will be entered; plan tries it.
 
     Returns:
         The cells, the data, and the teachers side by side.
     """
-    planned = fit(plan(experiment=experiment, checkpoints=store["checkpoints"], **asked, **code), pods)
+    places = {"checkpoints": store["checkpoints"], "history": history}
+    planned = fit(plan(experiment=experiment, **places, **asked, **code), pods)
     said, cells = planned.outputs, planned.outputs["Output"]
     made = prepare_data(experiment=said["upstream"], **store)
     data = fit(made, pods, said["prepare_cpu"], said["prepare_memory"]).outputs["data"]
@@ -60,7 +62,8 @@ def before_cells(
     return cells, data, teachers.outputs["teachers"]
 
 
-def after_cells(experiment: Any, results: Any, pods: Pods, code: Dict[str, Any]) -> None:
-    """Report, then the verdict."""
-    found = fit(report(experiment=experiment, results=results, **code), pods)
+def after_cells(experiment: Any, results: Any, pods: Pods, code: Dict[str, Any], past: Dict[str, Any]) -> None:
+    """Report, then the verdict; `past` says into which history the run is entered, and under which schedule."""
+    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    found = fit(report(experiment=experiment, results=results, run=run, **past, **code), pods)
     fit(verdict(failures=found.outputs["Output"]), pods)

@@ -18,13 +18,16 @@ from _manifests import ROOT, kubectl
 
 BINARIES = ROOT / ".tools" / "bin"
 DEFINITIONS = ROOT / ".tools" / "crds"
+DEFINED = ("kueue", "prometheus-operator")
 STARTING = 120.0  # seconds
 TOKEN = "token-of-a-test-server"
 
 
 def built() -> bool:
     """Whether `make kube` has been here."""
-    return DEFINITIONS.exists() and all((BINARIES / name).exists() for name in ("etcd", "kube-apiserver"))
+    return all((DEFINITIONS / name).exists() for name in DEFINED) and all(
+        (BINARIES / name).exists() for name in ("etcd", "kube-apiserver")
+    )
 
 
 @dataclass

@@ -74,6 +74,14 @@ def test_seconds_of_the_steps_before_are_collected(tmp_path: Path) -> None:
     assert teacher.run["steps"] == {"prepare_data": 3.0, "train_teacher": 4.0}
 
 
+def test_peaks_of_memory_are_collected_and_are_no_content(tmp_path: Path) -> None:
+    make(tmp_path / "data", kind="dataset", step="prepare_data", peak={"ram": 7})
+    teacher = make(tmp_path / "teacher", inputs={"data": tmp_path / "data"}, peak={"ram": 9, "gpu": 2})
+    assert teacher.run["peaks"] == {"prepare_data": {"ram": 7}, "train_teacher": {"ram": 9, "gpu": 2}}
+    other = make(tmp_path / "other", inputs={"data": tmp_path / "data"}, peak={"ram": 1})
+    assert other.fingerprint == teacher.fingerprint
+
+
 def test_seconds_of_several_artifacts_of_one_step_add_up(tmp_path: Path) -> None:
     first, second = make(tmp_path / "a", seconds=1.0), make(tmp_path / "b", seconds=2.5, meta={"accuracy": 0.7})
     again = make(tmp_path / "a2", seconds=1.0)
@@ -252,3 +260,20 @@ def test_leftovers_of_dead_processes_go_when_they_are_old(tmp_path: Path) -> Non
 def test_values_json_cannot_hold_are_named(tmp_path: Path) -> None:
     with pytest.raises(DistilleryError, match="accuracy"):
         make(tmp_path, meta={"accuracy": float("nan")})
+
+
+def test_a_peak_of_memory_is_of_the_step_alone() -> None:
+    """In a process of its own: 200 MB given back before the watch do not count, 100 MB after it do."""
+    code = """if True:
+        from distillery import device
+        before = bytearray(b"x" * 200_000_000)
+        del before
+        device.watch_memory(None)
+        start = device.peak_memory(None)["ram"]
+        held = bytearray(100_000_000)
+        held[::4096] = b"x" * len(held[::4096])
+        del held
+        print(device.peak_memory(None)["ram"] - start)
+    """
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 80e6 < int(grown) < 130e6

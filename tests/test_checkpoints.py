@@ -311,6 +311,7 @@ def test_wrong_keys_stop_a_step_before_its_work(place: Place, tmp_path: Path, mo
     monkeypatch.setattr(steps.prepare, "prepare", lambda *_: pytest.fail("the work began"))
     with pytest.raises(UserError, match="wrong credentials"):
         steps.prepare_data(TEXT, tmp_path / "a", place.work)
-    with pytest.raises(UserError, match="wrong credentials"):
-        steps.plan(TEXT, checkpoints=place.work)
+    for name in ("checkpoints", "history"):
+        with pytest.raises(UserError, match="wrong credentials"):
+            steps.plan(TEXT, **{name: place.work})
     assert not os.listdir(tmp_path)

@@ -45,7 +45,7 @@ def test_inspect_checks_and_describes(tmp_path: Path) -> None:
 def test_help_names_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "distillery", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("check", "plan", "run", "inspect", "methods"):
+    for command in ("check", "plan", "run", "inspect", "compare", "history", "methods"):
         assert command in done.stdout
 
 

@@ -15,7 +15,7 @@ from kfp import dsl
 import components
 from components._step import connect, facts
 from components.evaluate_student import scores
-from distillery import artifact, experiment, methods, profiles
+from distillery import artifact, evaluate, experiment, methods, profiles, steps
 from distillery.config import Cell, parse
 from distillery.errors import DistilleryError, UserError
 
@@ -87,17 +87,39 @@ def test_facts_are_strings_and_finite_numbers() -> None:
 
 
 def test_scores_are_percent_per_student_and_say_when_the_cell_failed(tmp_path: Path) -> None:
-    assert scores(str(tmp_path)) == {"failed": 1.0}
+    assert scores(str(tmp_path), {}) == {"failed": 1.0}
+    sizes = {"image_bytes": 300, "label_bytes": 40}
     students = [
-        {"net": "convnet3", "recipe": r, "acc_last": 0.5, "acc_best": 0.75}
-        for r in ("fair-soft(lr=1)", "fair-soft(lr=1)")
+        {"net": "convnet3", "recipe": recipe, "acc_last": last, "acc_best": 0.75} | sizes
+        for recipe, last in (("fair-soft(lr=1)", 0.5), ("fair-soft(lr=1)", 0.25), ("fair-soft", math.nan))
     ]
-    (tmp_path / "result.json").write_text(json.dumps({"students": students}))
-    found = scores(str(tmp_path))
-    assert found["failed"] == 0.0
-    assert found["acc_last_0_convnet3_fair_soft_lr_1"] == 50.0
-    assert found["acc_best_1_convnet3_fair_soft_lr_1"] == 75.0
-    assert len(found) == 5, "two students of one name keep their own numbers"
+    cell = {"method": "rded", "ipc": 10, "seed": 3}
+    (tmp_path / "result.json").write_text(json.dumps({"cell": cell, "students": students}))
+    found = scores(str(tmp_path), {"steps": {"relabel": 2.5}, "peaks": {"relabel": {"gpu": 7}}})
+    name = "rded ipc10 convnet3 fair-soft"
+    assert found == {
+        "failed": 0.0,
+        "seed": 3.0,
+        f"accuracy {name} lr 1": 50.0,
+        f"best accuracy {name} lr 1": 75.0,
+        f"accuracy {name} lr 1 no2": 25.0,
+        f"best accuracy {name} lr 1 no2": 75.0,
+        f"best accuracy {name}": 75.0,  # KFP cannot keep the NaN beside it
+        "image bytes": 300.0,
+        "label bytes": 40.0,
+        "seconds relabel": 2.5,
+        "gpu bytes relabel": 7.0,
+    }
+
+
+def test_confusion_matrix_is_counted_where_a_table_holds_it(tmp_path: Path) -> None:
+    assert steps.mistakes(tmp_path) == [], "a failed cell"
+    evaluate.write_predictions([[0, 1, 1, 1], [0, 0, 0, 0]], [2, 2], tmp_path)
+    for classes, expected in ((["a", "b"], ["a", "b"]), (["a", "a"], ["0 a", "1 a"])):
+        (tmp_path / "result.json").write_text(json.dumps({"classes": classes}))
+        assert steps.mistakes(tmp_path) == [(expected, [[1, 1], [0, 2]])]
+    (tmp_path / "result.json").write_text(json.dumps({"classes": [str(i) for i in range(101)]}))
+    assert steps.mistakes(tmp_path) == []
 
 
 def test_data_and_teachers_depend_on_their_own_part_alone(tmp_path: Path) -> None:
@@ -202,7 +224,9 @@ def test_failed_cell_passes_through_and_verdict_tells(tmp_path: Path, capsys: py
     assert teachers.metadata["accuracy_convnet1"] == teacher.metadata["accuracy"]
     components.synthesize.python_func(cell, data, teachers, made)
     components.relabel.python_func(cell, made, teachers, labels)
-    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
+    confusion = dsl.ClassificationMetrics()
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics, confusion)
+    assert not confusion.metadata
     assert made.metadata["kind"] == result.metadata["kind"] == "failure"
     assert metrics.metadata == {"failed": 1.0}
     page, table = dsl.HTML(uri=str(tmp_path / "page")), dsl.Markdown(uri=str(tmp_path / "table"))

@@ -86,7 +86,9 @@ def test_pods_run_as_a_user_with_a_number_that_is_not_root() -> None:
 def test_pods_have_what_the_steps_need_in_the_tested_versions_and_no_client_of_kubernetes() -> None:
     own, tested = pins("images/requirements.txt"), pins("requirements.txt")
     assert own == {name: tested[name] for name in own}
-    assert {"torch", "torchvision", "minio", "kfp", "scikit-learn", "matplotlib", "jinja2"} <= set(own)
+    assert {"torch", "torchvision", "minio", "kfp", "scikit-learn", "matplotlib", "jinja2", "prometheus-client"} <= set(
+        own
+    )
     assert not {"kubernetes", "google-cloud-storage", "requests", "kfp-kubernetes"} & set(own)
 
 

@@ -27,10 +27,22 @@ LAYERS = (
     {"errors"},
     {"artifact", "code_version", "config", "console", "device", "files", "preview", "rng", "track"},
     {"data", "nets", "store"},
-    {"evaluate", "labels", "methods", "metrics", "recipes", "report", "statistics", "student", "teacher", "train"},
-    {"checkpoints", "execution", "experiment", "profiles", "sharding"},
+    {
+        "evaluate",
+        "labels",
+        "methods",
+        "metrics",
+        "neighbours",
+        "recipes",
+        "report",
+        "statistics",
+        "student",
+        "teacher",
+        "train",
+    },
+    {"checkpoints", "execution", "experiment", "history", "profiles", "regress", "sharding"},
     {"steps"},
-    {"estimate", "export", "inspection", "probe", "run"},
+    {"compare", "estimate", "export", "exporter", "inspection", "probe", "run"},
     {"distilled"},
     {"__main__"},
 )
@@ -278,7 +290,8 @@ def test_lock_answers_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     locks = {"requirements-dev.txt": extras["dev"]}
-    locks["requirements.txt"] = [*project["dependencies"], *extras["pipeline"], *extras["report"], *extras["digits"]]
+    named = ("pipeline", "report", "digits", "metrics")
+    locks["requirements.txt"] = [*project["dependencies"], *(need for name in named for need in extras[name])]
     for name, wanted in locks.items():
         pins = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
         for need in map(Requirement, wanted):

@@ -19,6 +19,8 @@ from rich.console import Console
 import components
 from distillery import artifact, run
 from distillery.console import emit
+from distillery.data import real
+from distillery.history import History, whole
 from pipelines import demo, local_run
 from pipelines.compile import SHARDED
 
@@ -72,13 +74,18 @@ def by_hand(folder: Path) -> dict[str, Path]:
     teachers = dsl.Model(uri=str(at["gather_teachers"]))
     made, labels = dsl.Dataset(uri=str(at["synthesize"])), dsl.Artifact(uri=str(at["relabel"]))
     result, metrics = dsl.Artifact(uri=str(at["evaluate_student"])), dsl.Metrics()
+    confusion = dsl.ClassificationMetrics()
     components.prepare_data.python_func((folder / "upstream").read_text(), data)
     components.train_teacher.python_func(wanted, data, teacher)
     components.gather_teachers.python_func(gathering, data, [teacher], teachers)
     components.synthesize.python_func(cell, data, teachers, made)
     components.relabel.python_func(cell, made, teachers, labels)
-    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics)
-    assert metrics.metadata["acc_last_0_convnet1_fair_soft_epochs_3"] > 0
+    components.evaluate_student.python_func(cell, data, teachers, made, labels, result, metrics, confusion)
+    assert metrics.metadata["accuracy rded ipc2 convnet1 fair-soft epochs 3"] > 0
+    assert metrics.metadata["ram bytes synthesize"] > 1e6
+    matrix = confusion.metadata["confusionMatrix"]
+    assert [each["displayName"] for each in matrix["annotationSpecs"]] == [str(digit) for digit in range(10)]
+    assert sum(sum(row["row"]) for row in matrix["rows"]) == sum(real.load(at["prepare_data"]).counts("val"))
     return at
 
 
@@ -137,8 +144,12 @@ def all_prints(path: Path) -> set[tuple[str, str, str]]:
 @pytest.mark.timeout(900)
 def test_shards_through_kfp_equal_the_runner_with_and_without(tmp_path: Path, one_thread: None) -> None:
     log, said = tmp_path / "log", tmp_path / "events"
-    child = local_run.start(SHARDED, tmp_path / "kfp", {"experiment": SHARDS}, said, log)
+    given = {"experiment": SHARDS, "history": str(tmp_path / "store"), "schedule": "nightly"}
+    child = local_run.start(SHARDED, tmp_path / "kfp", given, said, log)
     assert child.wait(timeout=850) == 0, log.read_text()[-3000:]
+    (record,) = History(str(tmp_path / "store"), whole).read()
+    assert (record.schedule, record.status, len(record.cells)) == ("nightly", "succeeded", 2)
+    assert "{" not in record.run, "KFP's id of the run, filled in"
     with_kfp = all_prints(said)
     assert sum(1 for step, _, _ in with_kfp if step == "train_teacher") == 2
     assert sum(1 for step, _, _ in with_kfp if step == "synthesize") == 2

@@ -14,14 +14,17 @@ from _manifests import K8S, NAMESPACE, OVERLAYS, ROOT, Doc, build, combinations,
 from _servers import available, running
 from kubernetes_validate import utils
 from minio import Minio
+from typer.main import get_command
 
+from distillery.__main__ import app
 from pipelines.api import TOKEN_FILE
 from pipelines.resources import SECRET
 from pipelines.watch import watch
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 VERSIONS = [f"1.{minor}" for minor in range(30, 38)]
-FOREIGN = {"ResourceFlavor", "ClusterQueue", "LocalQueue"}  # Kueue's; the API server test has its definitions
+# Kueue's, and the Prometheus Operator's; the API server test has their definitions.
+FOREIGN = {"ResourceFlavor", "ClusterQueue", "LocalQueue", "ServiceMonitor", "PrometheusRule"}
 CLUSTER_WIDE = {"PriorityClass", "ResourceFlavor", "ClusterQueue"}
 
 
@@ -43,6 +46,13 @@ def overlay(name: str) -> str:
 def documents(request: pytest.FixtureRequest) -> list[Doc]:
     found: list[Doc] = json.loads(overlay(request.param))
     return found
+
+
+@pytest.fixture(params=OVERLAYS)
+def everything(request: pytest.FixtureRequest, tmp_path: Path) -> list[Doc]:
+    """An overlay with all components."""
+    (chosen,) = [one.values[1] for one in combinations() if one.values[0] == request.param][-1:]
+    return build(own(tmp_path, request.param, chosen))
 
 
 @pytest.mark.parametrize(("name", "chosen"), combinations())
@@ -81,15 +91,15 @@ def test_bindings_name_accounts_that_exist(documents: list[Doc]) -> None:
     assert set(refs) == used
 
 
-def test_labels_follow_the_convention(documents: list[Doc]) -> None:
-    for doc in documents:
+def test_labels_follow_the_convention(everything: list[Doc]) -> None:
+    for doc in everything:
         labels = doc["metadata"].get("labels", {})
         assert labels.get("app.kubernetes.io/part-of") == "distillery", (doc["kind"], labels)
         assert labels.get("app.kubernetes.io/name") in ("distillery", "minio"), (doc["kind"], labels)
 
 
-def test_pods_are_restricted_and_bounded(documents: list[Doc]) -> None:
-    found = list(pod_templates(documents))
+def test_pods_are_restricted_and_bounded(everything: list[Doc]) -> None:
+    found = list(pod_templates(everything))
     assert found
     for name, template in found:
         pod = template["spec"]
@@ -105,9 +115,9 @@ def test_pods_are_restricted_and_bounded(documents: list[Doc]) -> None:
             assert "/tmp" in [m["mountPath"] for m in container["volumeMounts"]], name
 
 
-def test_one_line_says_which_image_runs(documents: list[Doc]) -> None:
+def test_one_line_says_which_image_runs(everything: list[Doc]) -> None:
     wanted = dict(line.split("=", 1) for line in (K8S / "image" / "image.env").read_text().split())["IMAGE"]
-    ours = [c for _, template in pod_templates(documents) for c in template["spec"]["containers"]]
+    ours = [c for _, template in pod_templates(everything) for c in template["spec"]["containers"]]
     images = {c["image"] for c in ours if c["name"] == "distillery"}
     assert images == {wanted}
     assert all(":" in c["image"] or "@sha256:" in c["image"] for c in ours)
@@ -187,6 +197,57 @@ def test_the_folder_of_one_s_own_in_the_docs_builds(tmp_path: Path) -> None:
     quotas = {d["metadata"]["name"]: d["spec"]["hard"] for d in found if d["kind"] == "ResourceQuota"}
     assert quotas["distillery-gpu"] == {"requests.nvidia.com/gpu": "32"} and "distillery" in quotas
     assert {d["metadata"]["namespace"] for d in found} == {"team-a"}
+
+
+def test_the_folder_with_monitoring_in_the_docs_builds(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "k8s").symlink_to(K8S)
+    (tmp_path / "my-cluster").mkdir()
+    (tmp_path / "my-cluster" / "kustomization.yaml").write_text(text, encoding="utf-8")
+    found = {
+        (d["kind"], re.sub("-[a-z0-9]{10}$", "", d["metadata"]["name"])): d for d in build(tmp_path / "my-cluster")
+    }
+    settings = found["ConfigMap", "distillery-exporter"]
+    assert settings["data"] == {"PLACE": "s3://my-bucket/runs", "AWS_ENDPOINT_URL": "https://s3.example.com"}
+    (container,) = found["Deployment", "distillery-exporter"]["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+    rules = found["PrometheusRule", "distillery"]
+    links = [rule["annotations"]["runbook_url"] for rule in rules["spec"]["groups"][-1]["rules"]]
+    assert links and all(link.startswith("https://git.example.com/distillery/docs/runbooks.md#d") for link in links)
+    assert rules["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    assert ("ConfigMap", "distillery-runbooks") not in found
+
+
+def test_prometheus_finds_the_exporter_and_grafana_the_dashboards(tmp_path: Path) -> None:
+    found = {
+        (d["kind"], d["metadata"]["name"].split("-")[1]): d
+        for d in build(own(tmp_path, "gpu", ("monitoring",)))
+        if "-" in d["metadata"]["name"]
+    }
+    deployment, service = found["Deployment", "exporter"], found["Service", "exporter"]
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for selector in (
+        deployment["spec"]["selector"]["matchLabels"],
+        service["spec"]["selector"],
+        found["NetworkPolicy", "exporter"]["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selector.items() <= labels.items() and "app.kubernetes.io/component" in selector
+    monitor = found["ServiceMonitor", "exporter"]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    (endpoint,), (port,) = monitor["endpoints"], service["spec"]["ports"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert endpoint["port"] == port["name"] and port["targetPort"] == container["ports"][0]["name"]
+    command = get_command(app).commands["exporter"]
+    assert container["command"] == ["distillery", "exporter"]
+    given = command.make_context("exporter", list(container["args"])).params
+    assert given["place"] == "$(PLACE)" and "PLACE" in found["ConfigMap", "exporter"]["data"]
+    assert given["port"] == container["ports"][0]["containerPort"]
+    dashboards = found["ConfigMap", "dashboards"]
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert {json.loads(text)["uid"] for text in dashboards["data"].values()} == {
+        f"distillery-{name}" for name in ("overview", "run", "gpu")
+    }
 
 
 def test_the_read_only_patch_in_the_docs_does_that(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 @pytest.fixture(scope="module")
 def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("kube")) as found:
-        found.do("apply", "--server-side", "-f", str(DEFINITIONS))
+        found.do("apply", "--server-side", "-R", "-f", str(DEFINITIONS))
         for name in (NAMESPACE, "kubeflow", "elsewhere"):
             found.do("create", "namespace", name)
         found.do("label", "namespace", NAMESPACE, RESTRICTED)
@@ -38,8 +38,8 @@ def kube(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def applied(kube: Cluster, tmp_path: Path) -> Iterator[Cluster]:
-    """The local overlay, applied in earnest and removed afterwards."""
-    folder = str(own(tmp_path, "local", ()))
+    """The local overlay with the exporter, applied in earnest and removed afterwards."""
+    folder = str(own(tmp_path, "local", ("monitoring",)))
     kube.do("apply", "--server-side", "-k", folder)
     yield kube
     kube.do("delete", "-k", folder, "--wait=false", "--ignore-not-found")
@@ -65,7 +65,12 @@ def test_the_server_refuses_what_is_misspelt(kube: Cluster) -> None:
 
 def test_pods_pass_the_restricted_level(applied: Cluster, tmp_path: Path) -> None:
     found = dict(pod_templates(build(tmp_path)))
-    assert set(found) == {"CronJob/distillery-watch", "Job/distillery-bucket", "Deployment/distillery-s3"}
+    assert set(found) == {
+        "CronJob/distillery-watch",
+        "Job/distillery-bucket",
+        "Deployment/distillery-s3",
+        "Deployment/distillery-exporter",
+    }
     for name, template in found.items():
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         pod["metadata"] = {"name": "probe", "namespace": NAMESPACE, "labels": template["metadata"]["labels"]}

@@ -129,6 +129,8 @@ def test_every_parameter_has_a_default_and_recurring_runs_can_send_strings(packa
         "s3_secret": "distillery-s3",
         "s3_ca": "distillery-s3-ca",
         "checkpoints": "",
+        "history": "",
+        "schedule": "",
     }
     others = {name: p["parameterType"] for name, p in parameters.items() if p["parameterType"] != "STRING"}
     assert others == {"tolerations": "LIST", "node_selector": "STRUCT"}, "Kubernetes' own shapes"

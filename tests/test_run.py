@@ -189,8 +189,12 @@ def test_each_cell_uses_its_own_teachers(taught: Path) -> None:
     results = {path.parent.name[:6]: json.loads(path.read_text()) for path in taught.glob("5-students/*/result.json")}
     cards = {path.parent.name: json.loads(path.read_text()) for path in gathered(taught).glob("*/teacher.json")}
     accuracy = {name: card["accuracy"] for name, card in cards.items()}
-    assert results["median"]["teacher"] == {"net": "convnet2", "accuracy": accuracy["convnet2"]}
-    both = {"net": "convnet1+convnet2", "accuracy": (accuracy["small"] + accuracy["convnet2"]) / 2}
+    assert results["median"]["teacher"] == {
+        "net": "convnet2",
+        "net_options": cards["convnet2"]["net_options"],
+        "accuracy": accuracy["convnet2"],
+    }
+    both = {"net": "convnet1+convnet2", "accuracy": (accuracy["small"] + accuracy["convnet2"]) / 2, "net_options": {}}
     assert results["random"]["teacher"] == both
     said = (taught / "6-report" / "report.md").read_text()
     average = 100 * (accuracy["small"] + accuracy["convnet2"]) / 2

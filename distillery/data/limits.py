@@ -80,14 +80,23 @@ def _most() -> int:
     return min(memory_bytes(), cache_bytes())
 
 
-def _size(name: str) -> int:
-    text = os.environ.get(name, "").strip()
+def size_of(text: str, name: str) -> int:
+    """Bytes of a size as people write it; 0 for an empty text.
+
+    Raises:
+        UserError: it is no size; `name` says where it was given.
+    """
+    text = text.strip()
     if not text:
         return 0
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.upper())
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise UserError(f"{name} is {text!r}; give bytes above 0, or a size like 500M or 20Gi")
     return max(1, int(float(found[1]) * _UNITS[found[2]]))
+
+
+def _size(name: str) -> int:
+    return size_of(os.environ.get(name, ""), name)
 
 
 def _memory() -> int:

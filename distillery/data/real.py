@@ -48,7 +48,11 @@ class Real:
     """A prepared data set.
 
     Attributes:
-        name, kind ("pixels" or "photos"), classes (in label order), size (pixels), mean, std (per channel, of 0..1).
+        name: of the data set.
+        kind: pixels or photos.
+        classes: in label order.
+        size: side in pixels.
+        mean, std: per channel, of pixels in 0..1.
     """
 
     def __init__(self, facts: dict[str, Any], splits: dict[str, Split]) -> None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.style
+import torch
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
+from torch import Tensor
 
 from distillery.report.load import Row
 from distillery.report.table import Entry, spread
@@ -170,6 +172,16 @@ def picture(path: Path, most_bytes: int) -> Picture:
             if len(data) <= most_bytes or shown.width < 64:
                 return Picture(_uri(data, "webp"), image.width, image.height)
         shown = _smaller(shown)
+
+
+def matrix(shares: Tensor) -> Picture:
+    """A confusion matrix as a picture of one pixel per cell, the more opaque the larger its percentage [C, C]."""
+    alpha = (255 * (shares / 100).clamp(0, 1).sqrt()).round().to(torch.uint8)  # the root: mistakes are small numbers
+    colour = torch.tensor([0x4B, 0x8D, 0xF0], dtype=torch.uint8).expand(*alpha.shape, 3)
+    image = Image.fromarray(torch.cat([colour, alpha[..., None]], 2).numpy())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return Picture(_uri(buffer.getvalue(), "png"), image.width, image.height)
 
 
 def _smaller(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Row:
     failure: str
     curve: tuple[tuple[int, float], ...]  # (epoch, accuracy in percent)
     per_class: tuple[float, ...]  # percent
+    place: int = 0  # among the cell's students
+    taught_by_own_net: bool = False  # the teacher is this student's net, trained on everything
+    real_images: int | None = None  # in the whole training set
+    real_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,14 @@ class Outcome:
     hardware: str
     seconds: dict[str, float]
     teachers: frozenset[str] = frozenset()  # fingerprints
+    folder: Path | None = None
+    fingerprint: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name -> fingerprint
+    neighbours: Path | None = None
+    distances: tuple[float, ...] = ()  # of pictured images to their real neighbours, in grey levels
+    peaks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # step -> bytes by kind of memory
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
 
 
 def load(folder: Path, teachers: Mapping[str, str]) -> Outcome:
@@ -97,14 +109,17 @@ def load(folder: Path, teachers: Mapping[str, str]) -> Outcome:
         manifest = artifact.read(folder)
         if manifest.kind not in ("result", "failure"):
             raise CorruptArtifact(f"{folder.name}: an artifact of kind {manifest.kind!r}, expected result or failure")
+        data = json.loads((folder / f"{manifest.kind}.json").read_text(encoding="utf-8"))
+        if manifest.kind == "result":
+            return _result(folder, manifest, data, teachers)
+        return _failure(manifest, data, teachers)
     except CorruptArtifact as error:
-        hint = "start the same run again: what is damaged or unfinished is made anew"
-        failure = Failure(folder.name, "", None, None, "report", str(error), hint, "")
-        return Outcome({}, (), failure, (), None, "", "", {})
-    data = json.loads((folder / f"{manifest.kind}.json").read_text(encoding="utf-8"))
-    if manifest.kind == "result":
-        return _result(folder, manifest, data, teachers)
-    return _failure(manifest, data, teachers)
+        said, hint = str(error), "start the same run again: what is damaged or unfinished is made anew"
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        said = f"{folder.name} holds something else than expected ({type(error).__name__}: {error})"
+        hint = "delete the folder and start the same run again"
+    failure = Failure(folder.name, "", None, None, "report", said, hint, "")
+    return Outcome({}, (), failure, (), None, "", "", {})
 
 
 def reached(teacher: str, accuracy: float) -> str:
@@ -155,12 +170,27 @@ def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any], tea
     common = _common(cell, manifest) | {"teacher": name, "teacher_acc": _percent(teacher["accuracy"])}
     seen: dict[tuple[str, str], int] = {}
     rows = []
-    for student in data["students"]:
+    for place, student in enumerate(data["students"]):
         names = (student["net"], student["recipe"])
         seen[names] = seen.get(names, 0) + 1
-        rows.append(Row(**common, **_planned(cell, names, seen[names] - 1), **_measured(student), failure=""))
-    preview = folder / "preview.png"
-    return _outcome(cell, tuple(rows), manifest, classes=tuple(data["classes"]), preview=preview)
+        planned = _planned(cell, names, seen[names] - 1)
+        made_by = (teacher["net"], canonical(teacher["net_options"]) if "net_options" in teacher else None)
+        more: dict[str, Any] = {
+            "place": place,
+            "taught_by_own_net": made_by == (names[0], planned["net_options"]) and not several(name),
+        }
+        more |= {f"real_{k}": int(v) for k, v in data.get("data", {}).items() if k in ("images", "bytes")}
+        rows.append(Row(**common, **planned, **_measured(student), **more, failure=""))
+    found = _outcome(cell, tuple(rows), manifest)
+    preview, near = folder / "preview.png", folder / "neighbours.png"
+    return replace(
+        found,
+        classes=tuple(map(str, data["classes"])),
+        folder=folder,
+        distances=tuple(float(each["rms"]) for each in data.get("neighbours", ())),
+        preview=preview if preview.exists() else None,
+        neighbours=near if near.exists() else None,
+    )
 
 
 def _failure(manifest: artifact.Manifest, data: dict[str, Any], teachers: Mapping[str, str]) -> Outcome:
@@ -207,19 +237,22 @@ def _outcome(
     manifest: artifact.Manifest,
     *,
     failure: Failure | None = None,
-    classes: tuple[str, ...] = (),
-    preview: Path | None = None,
 ) -> Outcome:
     return Outcome(
         cell=cell,
         rows=rows,
         failure=failure,
-        classes=classes,
-        preview=preview if preview and preview.exists() else None,
+        classes=(),
+        preview=None,
         code_version=manifest.code_version,
         hardware=str(manifest.run.get("hardware", "")),
         seconds=_seconds(manifest),
         teachers=frozenset(print_ for name, print_ in manifest.inputs.items() if name.startswith("teacher-")),
+        fingerprint=manifest.fingerprint,
+        inputs=manifest.inputs,
+        peaks=manifest.run.get("peaks", {}),
+        versions=manifest.run.get("versions", {}),
+        created=str(manifest.run.get("created", "")),
     )
 
 
@@ -278,4 +311,8 @@ def _seconds(manifest: artifact.Manifest) -> dict[str, float]:
 
 
 def _percent(fraction: float) -> float:
+    if not math.isfinite(fraction):
+        raise CorruptArtifact(
+            f"an accuracy is {fraction}, which is no number; delete the result and run its step again"
+        )
     return 100.0 * float(fraction)

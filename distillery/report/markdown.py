@@ -12,10 +12,16 @@ HEAD = "| method | last % | best % | vs random | vs teacher | seeds |\n|:--|--:|
 
 
 def markdown(
-    name: str, facts: dict[str, str], entries: Sequence[Entry], notes: Sequence[Note], failures: Sequence[Failure]
+    name: str,
+    said: str,
+    facts: dict[str, str],
+    entries: Sequence[Entry],
+    notes: Sequence[Note],
+    failures: Sequence[Failure],
 ) -> str:
-    """The whole page; names and errors are escaped, because they come from users."""
-    lines = [f"# {escape(name)}", "", *(f"- {key}: {escape(value)}" for key, value in facts.items()), ""]
+    """The whole page; names and errors are escaped, because they come from users. `said`: the answer."""
+    lines = [f"# {escape(name)}", "", *([f"**{escape(said)}**", ""] if said else [])]
+    lines += [*(f"- {key}: {escape(value)}" for key, value in facts.items()), ""]
     lines += ["## Leaderboard", ""]
     lines += [HOW_TO_READ, ""] if entries else ["No cell has a result, so there is nothing to compare.", ""]
     for setting, group in by_setting(entries).items():

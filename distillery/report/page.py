@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+from markupsafe import Markup
 
-from distillery.report import charts
-from distillery.report.load import Failure, Outcome, Row, shared_seconds
+from distillery.report import charts, costs, provenance, words
+from distillery.report.classes import confusions, heat
+from distillery.report.load import Failure, Outcome, shared_seconds
 from distillery.report.notes import HOW_TO_READ, Note, labels, title
-from distillery.report.table import Entry, Setting, by_setting, mean_by_seed
+from distillery.report.table import Entry, Setting, by_setting
 
 FOLDER = Path(__file__).parent
-IMAGE_BYTES = 480_000  # of all image grids together, before base64
-MOST_GRIDS, MOST_CHARTS, MOST_FAILURES, MOST_ENTRIES = 16, 20, 20, 300
-GRID_WIDTH = 340  # CSS pixels, see report.css
-MOST_CLASSES, MOST_HEAT = 100, 4000  # cells of all per-class tables together
+LARGEST = 1_950_000  # bytes of the page
+SHARES = (1.0, 0.6, 0.3, 0.1, 0.0)  # of the limits, until the page fits
+IMAGE_BYTES = 600_000  # of all pictures together, before base64
+MOST_GRIDS, MOST_CHARTS, MOST_FAILURES, MOST_ENTRIES, MOST_CONFUSIONS = 16, 20, 20, 300, 6
+MOST_HEAT = 4000  # numbers of all per-class tables together
+GRID_WIDTH = 340  # pictures up to here consist of pixels, not of photos
+STRIP = 120  # pictures up to here stand side by side in a narrow column
 MOST_TEXT = 2000  # characters of an error or traceback
-MOST_CONFIG = 40_000
-TIMED = ("synthesize", "relabel", "evaluate_student")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Report:
 
     name: str
     facts: dict[str, str]
-    headline: str
+    answer: str
     entries: Sequence[Entry]
     notes: Sequence[Note]
     outcomes: Sequence[Outcome]
@@ -42,71 +46,52 @@ class Report:
 
 
 def html(report: Report) -> str:
-    """The whole page, self-contained; every name and text in it is escaped by the template engine."""
+    """The whole page, self-contained; every name and text in it is escaped by the template engine.
+
+    A page that would be too large is written again with fewer charts, tables and smaller pictures, and says so.
+    """
+    page = ""
+    for share in SHARES:
+        page = _page(report, share)
+        if len(page.encode()) <= LARGEST:
+            break
+    return page
+
+
+def _page(report: Report, share: float) -> str:
     look = charts.looks({e.method: e.baseline for e in report.entries})
-    settings = by_setting(report.entries[:MOST_ENTRIES])
-    times = _times(report.entries)
+    settings = by_setting(report.entries[: round(MOST_ENTRIES * max(share, 0.3))])
+    classes = next((o.classes for o in report.outcomes if o.classes), ())
+    most_charts = round(MOST_CHARTS * share)
+    script = (FOLDER / "report.js").read_text(encoding="utf-8")
     context = {
         "report": report,
-        "css": (FOLDER / "report.css").read_text(encoding="utf-8"),
+        "css": Markup((FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        "script": Markup(script),  # noqa: S704 - our own file
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "how": HOW_TO_READ,
         "look": look,
         "board": [_block(setting, group) for setting, group in settings.items()],
-        "curves": _curves(settings, look),
-        "trends": _trends(report.entries, look),
-        "grids": _grids(report.outcomes, report.entries),
-        "heat": _heat(settings, report.outcomes),
+        "curves": _curves(settings, look, most_charts),
+        "trends": _trends(report.entries, look, most_charts),
+        "grids": _grids(report.outcomes, report.entries, share),
+        "heat": heat(settings, classes, round(MOST_HEAT * share)),
+        "confusions": confusions(settings, report.outcomes, classes, round(MOST_CONFUSIONS * share)),
         "shared": list(shared_seconds(report.outcomes).items()),
-        "times": times,
-        "sizes": _sizes(report.entries),
+        "times": costs.times(report.entries, report.outcomes),
+        "sizes": costs.sizes(report.entries),
+        "crossings": _crossings(report.entries),
+        "recipes": provenance.recipes([row for e in report.entries for row in e.rows])[: round(40 * max(share, 0.1))],
+        "hashes": provenance.hashes(report.outcomes, report.config),
         "failures": [_shown(failure) for failure in report.failures[:MOST_FAILURES]],
         "left_out": {
-            "entries": max(0, len(report.entries) - MOST_ENTRIES),
-            "curves": max(0, len(settings) - MOST_CHARTS),
+            "entries": len(report.entries) - sum(map(len, settings.values())),
+            "curves": max(0, len(by_setting(report.entries)) - most_charts),
             "failures": max(0, len(report.failures) - MOST_FAILURES),
         },
-        "config": report.config if len(report.config) <= MOST_CONFIG else f"{report.config[:MOST_CONFIG]}\n...",
+        "config": provenance.shortened(report.config),
     }
     return _template().render(context)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the two units that matter."""
-    if seconds is None:
-        return "\u2013"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: float | None) -> str:
-    """Bytes in decimal units."""
-    if count is None:
-        return "\u2013"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def signed(points: float) -> str:
-    """Points with a sign, and a true minus."""
-    return f"{points:+.2f}".replace("-", "\u2212")
-
-
-def configuration(outcomes: Sequence[Outcome]) -> str:
-    """What all cells share, and where they differ, as YAML."""
-    cells = [o.cell for o in outcomes if o.cell]
-    if not cells:
-        return ""
-    shared = [key for key in cells[0] if key != "id" and all(cell[key] == cells[0][key] for cell in cells)]
-    common = yaml.safe_dump({key: cells[0][key] for key in shared}, sort_keys=False, width=100)
-    differing = [{k: v for k, v in cell.items() if k not in shared} for cell in cells]
-    return common + yaml.safe_dump({"cells": differing}, sort_keys=False, default_flow_style=None, width=100)
 
 
 def _template() -> jinja2.Template:
@@ -114,7 +99,7 @@ def _template() -> jinja2.Template:
     env = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters |= {"duration": duration, "size": size, "signed": signed}
+    env.filters |= {name: getattr(words, name) for name in ("duration", "size", "signed", "rate")}
     return env.get_template("template.html.jinja")
 
 
@@ -129,21 +114,24 @@ def _block(setting: Setting, group: Sequence[Entry]) -> dict[str, Any]:
         lines.append({"entry": entry, "bar": {k: round(100 * v / top, 2) for k, v in bar.items()}})
     return {
         "title": title(setting),
+        "own_net": setting.own_net,
         "lines": lines,
         "random": None if random is None else round(100 * random / top, 2),
         "teacher": round(100 * setting.teacher_acc / top, 2),
     }
 
 
-def _curves(settings: Mapping[Setting, list[Entry]], look: Mapping[str, charts.Look]) -> list[dict[str, Any]]:
+def _curves(
+    settings: Mapping[Setting, list[Entry]], look: Mapping[str, charts.Look], most: int
+) -> list[dict[str, Any]]:
     drawn = [(s, g) for s, g in settings.items() if any(charts.average_curve(e.rows)[0] for e in g)]
     return [
         {"title": title(setting), "svg": charts.curves(group, look, f"curve{i}")}
-        for i, (setting, group) in enumerate(drawn[:MOST_CHARTS])
+        for i, (setting, group) in enumerate(drawn[:most])
     ]
 
 
-def _trends(entries: Sequence[Entry], look: Mapping[str, charts.Look]) -> list[dict[str, Any]]:
+def _trends(entries: Sequence[Entry], look: Mapping[str, charts.Look], most: int) -> list[dict[str, Any]]:
     """One chart for each student and recipe with a method that was run at several IPCs."""
     found: list[dict[str, Any]] = []
     for _, same in groupby(sorted(entries, key=lambda e: e.setting.series), key=lambda e: e.setting.series):
@@ -152,35 +140,26 @@ def _trends(entries: Sequence[Entry], look: Mapping[str, charts.Look]) -> list[d
         ipcs: dict[str, set[int]] = {}
         for entry in group:
             ipcs.setdefault(entry.method, set()).add(entry.setting.ipc)
-        if max(map(len, ipcs.values())) > 1 and len(found) < MOST_CHARTS:
+        if max(map(len, ipcs.values())) > 1 and len(found) < most:
             parts = (setting.context, setting.student, f"{setting.recipe} recipe", labels(setting))
             name = " \u00b7 ".join(part for part in parts if part)
             found.append({"title": name, "svg": charts.against_ipc(group, look, f"trend{len(found)}")})
     return found
 
 
-def _grids(outcomes: Sequence[Outcome], entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """One picture per method, IPC and teacher: the lowest seed's."""
-    names, apart = {row.cell: e.method for e in entries for row in e.rows}, _teachers_apart(entries)
+def _grids(outcomes: Sequence[Outcome], entries: Sequence[Entry], share: float) -> dict[str, Any]:
+    """Pictures of each method, IPC and teacher, the lowest seed's, with their real neighbours."""
+    names, apart = {row.cell: e.method for e in entries for row in e.rows}, costs.teachers_apart(entries)
     first: dict[tuple[int, str, str], Outcome] = {}
     for outcome in sorted((o for o in outcomes if o.preview and o.rows), key=lambda o: o.rows[0].seed):
         row = outcome.rows[0]
         first.setdefault((row.ipc, names[row.cell], apart[row.cell]), outcome)
-    chosen = sorted(first.items())[:MOST_GRIDS]
-    return [_grid(*shown, outcome, IMAGE_BYTES // len(chosen)) for shown, outcome in chosen]
-
-
-def _teachers_apart(entries: Sequence[Entry]) -> dict[str, str]:
-    """By cell: its teacher where others made images by the same method at the same IPC, else ""."""
-    made: dict[tuple[int, str], dict[str, str]] = {}
-    for entry in entries:
-        cells = made.setdefault((entry.setting.ipc, entry.method), {})
-        cells |= {row.cell: row.teacher for row in entry.rows}
-    return {
-        cell: teacher if len(set(cells.values())) > 1 else ""
-        for cells in made.values()
-        for cell, teacher in cells.items()
-    }
+    chosen = sorted(first.items())[: round(MOST_GRIDS * share)]
+    budget = round(IMAGE_BYTES * share / max(1, 2 * len(chosen)))
+    grids = [_grid(*shown, outcome, budget) for shown, outcome in chosen]
+    narrow = [grid for grid in grids if grid["picture"].width <= STRIP]
+    wide = [grid for grid in grids if grid["picture"].width > STRIP]
+    return {"groups": [group for group in (narrow, wide) if group], "left_out": len(first) - len(chosen)}
 
 
 def _grid(ipc: int, name: str, teacher: str, outcome: Outcome, most_bytes: int) -> dict[str, Any]:
@@ -188,71 +167,61 @@ def _grid(ipc: int, name: str, teacher: str, outcome: Outcome, most_bytes: int) 
     rows = ", ".join(outcome.classes[:10])
     by = f"IPC {ipc}" + (f", teacher {teacher}" if teacher else "")
     alt = f"Images of {name} at {by}, one row per class" + (f": {rows}" if rows else "")
-    by += f", seed {outcome.rows[0].seed}"
     found = charts.picture(outcome.preview, most_bytes)
-    sharp = found.width <= GRID_WIDTH  # small images are shown as their pixels, photos smoothly
-    return {"method": name, "by": by, "alt": alt, "picture": found, "sharp": sharp}
+    return {
+        "method": name,
+        "by": f"{by}, seed {outcome.rows[0].seed}",
+        "alt": alt,
+        "picture": found,
+        "real": charts.picture(outcome.neighbours, most_bytes) if outcome.neighbours else None,
+        "closeness": _closeness(outcome.distances),
+        "sharp": found.width <= GRID_WIDTH,  # small images are shown as their pixels, photos smoothly
+    }
 
 
-def _heat(settings: Mapping[Setting, list[Entry]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Per-class accuracy tables, one per setting, while they fit; `left_out` says how many did not."""
-    classes = next((o.classes for o in outcomes if o.classes), ())
-    tables: list[dict[str, Any]] = []
-    cells = left_out = 0
-    for setting, group in settings.items():
-        columns = [(e, _per_class(e.rows)) for e in group]
-        columns = [(e, values) for e, values in columns if len(values) == len(classes)]
-        cells += len(columns) * len(classes)
-        if not columns or len(classes) > MOST_CLASSES:
-            continue
-        if cells > MOST_HEAT:
-            left_out += 1
-            continue
-        lines = [(name, [values[i] for _, values in columns]) for i, name in enumerate(classes)]
-        tables.append({"title": title(setting), "methods": [e.method for e, _ in columns], "lines": lines})
-    return {"tables": tables, "left_out": left_out, "classes": len(classes), "most": MOST_CLASSES}
+def _closeness(distances: Sequence[float]) -> str:
+    """How far the pictured images are from real ones, in words."""
+    if not distances:
+        return ""
+    copies, others = sum(d == 0 for d in distances), [d for d in distances if d > 0]
+    if not others:
+        return "Each is a training image as it is." if len(distances) > 1 else "It is a training image as it is."
+    away = f"{statistics.median(others):.0f} of 255 grey levels from its nearest training image (median)"
+    if not copies:
+        return f"None is a training image; each is {away}."
+    return f"{copies} of {len(distances)} are training images as they are; any other is {away}."
 
 
-def _per_class(rows: Sequence[Row]) -> list[float]:
-    count = min((len(row.per_class) for row in rows), default=0)
-    return [_mean(row.per_class[i] for row in rows) or 0.0 for i in range(count)]
-
-
-def _times(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Mean seconds per cell of each method, IPC and teacher."""
-    lines: dict[tuple[int, str, str], dict[str, Row]] = {}
-    apart = _teachers_apart(entries)
+def _crossings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """For each recipe and IPC that several nets were trained with: the same sets, one column per net."""
+    tables: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        for row in entry.rows:
-            lines.setdefault((entry.setting.ipc, entry.method, apart[row.cell]), {})[row.cell] = row
-    times = []
-    for (ipc, method, teacher), cells in sorted(lines.items()):
-        steps = [_mean(row.seconds.get(step) for row in cells.values()) for step in TIMED]
-        total = sum(s for s in steps if s is not None)
-        times.append(
-            {"ipc": ipc, "method": method, "teacher": teacher, "cells": len(cells), "steps": steps, "total": total}
-        )
-    return times
-
-
-def _sizes(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Images and bytes of each setting; methods with the same numbers share a line."""
-    lines = []
-    for setting, group in by_setting(entries).items():
-        same: dict[tuple[float | None, ...], list[str]] = {}
+        own, setting = entry.rows[0], entry.setting
+        key = (setting.dataset, setting.teacher, setting.teacher_acc, own.recipe, setting.regime, setting.labels)
+        tables.setdefault((*key, setting.ipc), []).append(entry)
+    found = []
+    for group in tables.values():
+        columns = list(dict.fromkeys((e.setting.student, e.setting.recipe) for e in group))
+        if len({student for student, _ in columns}) < 2:
+            continue
+        lines: dict[str, dict[tuple[str, str], Entry]] = {}
         for entry in group:
-            names = ("images", "image_bytes", "label_bytes", "fkd_bytes", "views")
-            numbers = tuple(_mean(mean_by_seed(entry.rows, attrgetter(name))) for name in names)
-            same.setdefault(numbers, []).append(entry.method)
-        for numbers, methods in same.items():
-            methods = ["all methods"] if len(same) == 1 and len(methods) > 1 else sorted(methods)
-            lines.append({"title": title(setting), "methods": ", ".join(methods), "numbers": numbers})
-    return lines
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+            lines.setdefault(entry.method, {})[entry.setting.student, entry.setting.recipe] = entry
+        best = {column: max(own[column].mean for own in lines.values() if column in own) for column in columns}
+        repeated = len({student for student, _ in columns}) < len(columns)
+        setting, recipe = group[0].setting, group[0].rows[0].recipe
+        parts = (setting.context, f"IPC {setting.ipc}", f"{recipe} recipe", labels(setting))
+        found.append(
+            {
+                "title": " \u00b7 ".join(part for part in parts if part),
+                "columns": [f"{student}, {name}" if repeated else student for student, name in columns],
+                "lines": [
+                    (m, [(own.get(c), c in own and own[c].mean == best[c]) for c in columns])
+                    for m, own in lines.items()
+                ],
+            }
+        )
+    return found[:MOST_CHARTS]
 
 
 def _shown(failure: Failure) -> dict[str, str]:

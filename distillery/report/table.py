@@ -44,6 +44,7 @@ class Setting:
     labels: str
     identity: str  # canonical JSON of everything that the names above may hide
     context: str  # data and teacher in words where the report has more than one, else ""
+    own_net: bool = False  # the teacher is the student's own net, trained on all images
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -204,6 +205,7 @@ def _settings(rows: Sequence[Row]) -> Callable[[Row], Setting]:
             labels="none" if row.regime == "hard" else row.labels,
             identity=canonical([row.net_options, row.recipe, row.recipe_values, row.labels]),
             context=context if different else "",
+            own_net=row.taught_by_own_net,
         )
 
     return setting

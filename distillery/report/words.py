@@ -1,0 +1,40 @@
+"""Numbers in words, for people."""
+
+from __future__ import annotations
+
+NOTHING = "\u2013"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the two units that matter."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units."""
+    if count is None:
+        return NOTHING
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def signed(points: float) -> str:
+    """Points with a sign, and a true minus."""
+    return f"{points:+.2f}".replace("-", "\u2212")
+
+
+def rate(per_second: float | None) -> str:
+    """How many a second, with the digits that matter."""
+    if per_second is None:
+        return NOTHING
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
