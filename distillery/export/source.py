@@ -201,15 +201,17 @@ def _together(images: Path, made: Manifest, beside: Beside, data: bool) -> Origi
     """A cell out of single artifacts, each held against what the result says it was made of."""
     place, manifest = _artifact(beside.result, "result")
     if manifest.inputs.get("synthetic") != made.fingerprint:
-        raise UserError(f"--result {beside.result}: belongs to other images than {images}; give the cell's own result")
+        raise UserError(
+            f"--beside result={beside.result}: belongs to other images than {images}; give the cell's own result"
+        )
     found: dict[str, Path] = {}
     for name, kind in (("labels", "labels"), ("data", "dataset")):
         if uri := getattr(beside, name):
             found[name], other = _artifact(uri, kind)
             if other.fingerprint != manifest.inputs[name]:
-                raise UserError(f"--{name} {uri}: not what the result was made with; give the cell's own")
+                raise UserError(f"--beside {name}={uri}: not what the result was made with; give the cell's own")
     if data and "data" not in found:
-        raise UserError("--with-test needs the real images: give their artifact with --data")
+        raise UserError(f"--with-test needs the real images of {images}: name them too, --beside data=URI")
     teachers: list[Path] = []
     if beside.teachers:
         folder, _ = _artifact(beside.teachers, "teachers")
