@@ -172,7 +172,8 @@ def serve(exporter: Exporter, *, port: int, address: str = "0.0.0.0", every: flo
     print(f"serving http://{address}:{server.server_port}/metrics", file=sys.stderr, flush=True)
     looking = threading.Thread(target=_look_on, args=(exporter, stop, every), daemon=True)
     looking.start()
-    stop.wait()
+    while not stop.wait(1.0):  # seen once: a signal taken by another thread does not wake a wait without an end
+        pass
     server.shutdown()
     server.server_close()
     thread.join()
