@@ -97,19 +97,14 @@ class Package:
             queue, pull_secret, parallelism: see `package.changed`.
             caching: False runs every step, whatever KFP has seen before.
         """
-        documents = copy.deepcopy([self.spec, *([self.platform] if self.platform else [])])
+        documents = [self.spec, *([self.platform] if self.platform else [])]
         if queue or pull_secret or parallelism:
             documents = package.changed(documents, queue, pull_secret, parallelism)
-        for task in tasks(documents[0]):
-            if not caching:
+        if not caching:
+            documents = copy.deepcopy(documents)
+            for task in package.tasks(documents[0]):
                 task["cachingOptions"] = {}
         return Package(self.path, documents[0], documents[1] if self.platform else {})
-
-
-def tasks(spec: Mapping[str, Any]) -> List[Dict[str, Any]]:
-    """Every task of a pipeline, in its loops and inner pipelines too."""
-    parts = [spec["root"], *spec.get("components", {}).values()]
-    return [task for part in parts for task in part.get("dag", {}).get("tasks", {}).values()]
 
 
 def load(path: Path = DISTILL) -> Package:

@@ -9,7 +9,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Mapping
 
 import yaml
 
@@ -40,7 +40,7 @@ def changed(package: List[Any], queue: str = "", pull_secret: str = "", parallel
         if pull_secret:
             name = {"secretName": pull_secret, "secretNameParameter": {"runtimeValue": {"constant": pull_secret}}}
             pod["imagePullSecret"] = [name]
-    for task in _tasks(made[0]):
+    for task in tasks(made[0]):
         if parallelism and "iteratorPolicy" in task:
             task["iteratorPolicy"]["parallelismLimit"] = parallelism
     return made
@@ -56,8 +56,9 @@ def _pods(package: List[Any]) -> List[Dict[str, Any]]:
         ) from error
 
 
-def _tasks(specification: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    for part in (specification["root"], *specification["components"].values()):
+def tasks(specification: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """Every task of a pipeline, in its loops and inner pipelines too."""
+    for part in (specification["root"], *specification.get("components", {}).values()):
         yield from part.get("dag", {}).get("tasks", {}).values()
 
 
