@@ -59,7 +59,7 @@ def uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def quick_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that beat and settle in tenths of seconds."""
-    for name, value in {"BEAT": 0.3, "STALE": 1.0, "SETTLE": 0.1, "POLL": 0.1}.items():
+    for name, value in {"BEAT": 0.3, "STALE": 2.0, "SETTLE": 0.1, "POLL": 0.1}.items():
         monkeypatch.setattr(_lease, name, value)
 
 

@@ -79,7 +79,7 @@ def test_ctrl_c_does_not_wait_for_retries(nobody: str, tmp_path: Path) -> None:
         start = time.monotonic()
         out, err = process.communicate(timeout=30)
     assert out == "stopped\n", err
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20, "it waited for its retries"
     assert nobody in warning
     assert "trying again" in warning
 
@@ -269,12 +269,12 @@ def test_a_failing_transfer_ends_the_waiting_of_its_own_pieces_only() -> None:
             with _crew.together(pool, _crew.pause, [60.0]) as inner:
                 return inner[0].result()
 
-        with _crew.together(pool, _crew.pause, [1.5]) as others:
+        with _crew.together(pool, _crew.pause, [5.0]) as others:
             start = time.monotonic()
             with contextlib.suppress(StoreError), _crew.together(pool, nested, [0]) as outer:
                 time.sleep(0.2)
                 raise StoreError("as if another piece had failed")
-            assert time.monotonic() - start < 1.2
+            assert time.monotonic() - start < 4
             assert outer[0].result(), "the waiting was not cut short"
             assert not others[0].done(), "another transfer was disturbed"
             assert not others[0].result(), "another transfer was disturbed"

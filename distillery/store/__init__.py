@@ -79,6 +79,7 @@ def check_access(uri: str | Path) -> None:
     """
     store = open_store(uri, PROBE_SECONDS)
     key, data = f"probe-{uuid.uuid4().hex}", b"distillery checks that it may write here"
+    store.list(key)  # a server that is not S3 may hang up on a request with a body before its answer is read
     store.write(key, data)
     try:
         if store.read(key) != data or [entry.key for entry in store.list(key)] != [key]:
