@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from distillery import experiment, history
-from distillery.config import plain
+from distillery.config import canonical, plain
 from distillery.console import duration
 from distillery.errors import DistilleryError, UserError
-from distillery.history import History, Record
+from distillery.history import History
+from distillery.history.record import RECORD, Record, parse
 from distillery.regress import LEVEL, Group, Key, differing, entries, welch
-from distillery.report.load import canonical
 from distillery.report.table import BASELINES
 from distillery.store import MissingKey, Store, open_store
 
@@ -46,17 +46,17 @@ def find(run: str, place: str = "") -> Record:
     if run.endswith(".json"):
         folder, _, name = run.rpartition("/")
         with contextlib.suppress(MissingKey):
-            return history.parse(open_store(folder or ".").read(name), run)
+            return parse(open_store(folder or ".").read(name), run)
         raise UserError(f"{run}: there is no such record; `distillery history PLACE` lists a store's runs")
     store = open_store(run)
-    for key in (f"{prefix}{history.FILE}" for prefix in REPORTS):
+    for key in (f"{prefix}{RECORD}" for prefix in REPORTS):
         with contextlib.suppress(MissingKey):
-            return history.parse(store.read(key), f"{run}/{key}")
-    kept = [entry.key for entry in store.list(TASK) if entry.key.endswith(f"/{history.FILE}")]
+            return parse(store.read(key), f"{run}/{key}")
+    kept = [entry.key for entry in store.list(TASK) if entry.key.endswith(f"/{RECORD}")]
     if kept:
-        return max((history.parse(store.read(key), f"{run}/{key}") for key in kept), key=lambda r: r.ended)
+        return max((parse(store.read(key), f"{run}/{key}") for key in kept), key=lambda r: r.ended)
     raise UserError(
-        f"{run}: no record of a run there ({history.FILE} of its report); give the folder of a finished run, its "
+        f"{run}: no record of a run there ({RECORD} of its report); give the folder of a finished run, its "
         "report artifact, or a file under history/. A run of an older version gets one when it is started again"
     )
 
@@ -72,7 +72,7 @@ def _by_id(run: str, place: str) -> Record:
         raise UserError(f"run {run!r} in {store.uri}: {found}; `distillery history {place}` lists them")
     (name,) = exact or names
     key = max(key for key in keys if key.endswith(f"Z-{name}"))
-    return history.parse(store.read(key), f"{store.uri}/{key}")
+    return parse(store.read(key), f"{store.uri}/{key}")
 
 
 def compare(records: Sequence[Record]) -> dict[str, Any]:

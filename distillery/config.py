@@ -35,6 +35,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 NameOrNone = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,62})?$")]
 Scalar = bool | int | float | str
 
+STEPS = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
+SHARED = STEPS[:3]  # made once for several cells
+
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
     if not 0 < values[0] <= values[1]:
@@ -311,6 +314,11 @@ def plain(model: BaseModel) -> dict[str, Any]:
     """The model as JSON values (what manifests and cells carry)."""
     data: dict[str, Any] = model.model_dump(mode="json")
     return data
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _whole_numbers(value: Any) -> Any:

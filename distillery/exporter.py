@@ -26,7 +26,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from distillery.errors import DistilleryError, UserError
-from distillery.history import History, Record
+from distillery.history import History
+from distillery.history.record import Record
 from distillery.regress import entries
 from distillery.store import open_store
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distillery.history import CellRecord, Record, Regression
-from distillery.report.load import SHARED, canonical
+from distillery.config import SHARED, canonical
+from distillery.history.record import CellRecord, Record, Regression
 
 LEVEL = 0.05  # of the test
 LEAST = 0.5  # points: smaller drops are none, whatever the test says

@@ -40,7 +40,6 @@ from distillery import (
     sharding,
     statistics,
 )
-from distillery import history as histories
 from distillery import report as reports
 from distillery import teacher as teaching
 from distillery.artifact import Manifest
@@ -52,6 +51,8 @@ from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose
 from distillery.errors import DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
+from distillery.history import enter, of_run
+from distillery.history.record import RECORD, Record
 from distillery.nets import pretrained
 from distillery.preview import write_preview
 from distillery.profiles import Wish
@@ -425,10 +426,10 @@ def report(
     text, _ = experiment.read(source)
     ungated = [one.name for one in wanted.every_teacher if not (one.min_accuracy or one.expected_accuracy)]
     taught, folders, code = experiment.taught(wanted), [Path(r) for r in results], code or code_version()
-    record = histories.of(wanted, text, folders, code=code, run=run, schedule=schedule)
+    record = of_run.record(wanted, text, folders, code=code, run=run, schedule=schedule)
     record, before = _entered(record, history)
     summary = reports.build(wanted.name, folders, folder, code, text, taught, ungated, before)
-    (folder / histories.FILE).write_bytes(record.json())
+    (folder / RECORD).write_bytes(record.json())
     seconds = time.monotonic() - began
     artifact.finish(
         folder,
@@ -447,12 +448,12 @@ def report(
     return summary.failures
 
 
-def _entered(record: histories.Record, place: str) -> tuple[histories.Record, Past]:
+def _entered(record: Record, place: str) -> tuple[Record, Past]:
     """The record as it stands in the history, and how the run stands beside the one before it."""
     if not place:
         return record, Past()
     try:
-        record, before = histories.enter(place, record, regress.judge)
+        record, before = enter(place, record, regress.judge)
     except (DistilleryError, OSError) as error:
         text = f"not entered into the history of {place}: {type(error).__name__}: {error}"
         console.emit({"event": "note", "step": "report", "text": f"WARNING: {text}"})

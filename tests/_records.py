@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from distillery.history import CellRecord, Fault, Reached, Record, Taught
+from distillery.history.record import CellRecord, Fault, Reached, Record, Taught
 
 TEXT = """
 name: toy

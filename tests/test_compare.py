@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distillery import compare, history
 from distillery.__main__ import main
 from distillery.errors import CorruptArtifact, UserError
-from distillery.history import Record
+from distillery.history.record import RECORD, Record
 from distillery.regress import entries, judge, largest_drop, welch
 
 
@@ -203,10 +203,10 @@ def kept(tmp_path: Path) -> Path:
     for number, run in enumerate(("nightly-1", "nightly-2", "weekly-1")):
         history.enter(str(tmp_path), record(run, number), lambda before, now: [])
     (tmp_path / "run" / "6-report").mkdir(parents=True)
-    (tmp_path / "run" / "6-report" / history.FILE).write_bytes(record("local").json())
+    (tmp_path / "run" / "6-report" / RECORD).write_bytes(record("local").json())
     place = tmp_path / "kfp" / "report" / "0b1e" / "summary"
     place.mkdir(parents=True)
-    (place / history.FILE).write_bytes(record("cluster").json())
+    (place / RECORD).write_bytes(record("cluster").json())
     return tmp_path
 
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_found_says_what_to_give(kept: Path, run: str, place: str
 
 
 def test_a_damaged_record_is_named(kept: Path) -> None:
-    (kept / "run" / "6-report" / history.FILE).write_text("{")
+    (kept / "run" / "6-report" / RECORD).write_text("{")
     with pytest.raises(CorruptArtifact, match=r"6-report/record\.json"):
         compare.find(str(kept / "run"))
 

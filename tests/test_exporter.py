@@ -25,7 +25,8 @@ from distillery import exporter as exporting
 from distillery.__main__ import app
 from distillery.errors import DistilleryError, UserError
 from distillery.exporter import Exporter
-from distillery.history import FOLDER, STAMP, Record, Regression
+from distillery.history import FOLDER, STAMP
+from distillery.history.record import Record, Regression
 from distillery.store.local import LocalStore
 
 NOW = datetime.now(UTC).replace(microsecond=0)

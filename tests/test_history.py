@@ -16,7 +16,8 @@ from _servers import available, free_port, running
 
 from distillery import artifact, history, run, steps
 from distillery.errors import CorruptArtifact, UserError
-from distillery.history import History, Record, enter, whole
+from distillery.history import History, enter, of_run, whole
+from distillery.history.record import RECORD, Record, Regression, identifier, parse
 from distillery.store.local import LocalStore
 
 
@@ -50,7 +51,7 @@ def put(place: Path, name: str, data: bytes) -> None:
     (place / "history" / name).write_bytes(data)
 
 
-def nothing(before: Record, now: Record) -> list[history.Regression]:
+def nothing(before: Record, now: Record) -> list[Regression]:
     """Judges nothing."""
     return []
 
@@ -72,7 +73,7 @@ def test_a_run_leaves_a_record_of_what_it_made(finished: Path) -> None:
     assert found.teachers[0].name == "convnet1"
     (file,) = (finished / "store" / "history").iterdir()
     assert file.name == f"{found.ended.strftime('%Y%m%dT%H%M%SZ')}-{found.run}.json"
-    assert (finished / "out" / "6-report" / history.FILE).read_bytes() == file.read_bytes()
+    assert (finished / "out" / "6-report" / RECORD).read_bytes() == file.read_bytes()
 
 
 def test_a_run_started_again_is_the_same_run(finished: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_store_that_is_down_costs_no_report(
     artifact.read(tmp_path, "report")
     assert "WARNING: not entered into the history of s3://bucket/runs" in capsys.readouterr().err
     assert "nor entered into the history: not entered into" in (tmp_path / "report.md").read_text()
-    assert history.parse((tmp_path / history.FILE).read_bytes(), "").experiment == "toy"
+    assert parse((tmp_path / RECORD).read_bytes(), "").experiment == "toy"
 
 
 def test_a_place_that_cannot_be_a_store_shows_before_the_work(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_place_that_cannot_be_a_store_shows_before_the_work(tmp_path: Path) ->
 def test_failed_and_damaged_cells_are_recorded_as_such(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     folders = [*map(Path, results(finished)), tmp_path / "broken"]
-    made = history.of(steps.experiment.load(TEXT), TEXT, folders, code="x")
+    made = of_run.record(steps.experiment.load(TEXT), TEXT, folders, code="x")
     found, _ = enter(str(tmp_path), made, nothing)
     assert only(tmp_path) == found
     assert found.status == "failed"
@@ -215,10 +216,10 @@ def test_cut_anywhere_a_record_is_refused_and_never_half_believed() -> None:
     data = record().json()
     for length in range(0, len(data) - 2, 7):
         with pytest.raises(CorruptArtifact):
-            history.parse(data[:length], "x")
-    assert history.parse(data, "x") == record()
+            parse(data[:length], "x")
+    assert parse(data, "x") == record()
     more = json.loads(data) | {"unknown": 1}
-    assert history.parse(json.dumps(more).encode(), "x") == record(), "keys of later versions are no fault"
+    assert parse(json.dumps(more).encode(), "x") == record(), "keys of later versions are no fault"
 
 
 def test_a_clock_that_goes_backwards_loses_nothing(tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_writers_at_the_same_time_all_arrive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("said", "kept"), [("a/b c", "a-b-c"), ("../x", "x"), ("0b1e-4", "0b1e-4"), ("", "")])
 def test_ids_are_plain_names(said: str, kept: str) -> None:
-    assert history.identifier(said) == kept
+    assert identifier(said) == kept
 
 
 def test_a_place_may_name_the_history_itself() -> None:
@@ -279,7 +280,7 @@ def test_a_place_may_name_the_history_itself() -> None:
 
 def test_configurations_are_equal_if_they_can_change_no_number() -> None:
     def told(text: str) -> str:
-        return history.resolved(steps.experiment.load(text))
+        return of_run.resolved(steps.experiment.load(text))
 
     plain = told(TEXT)
     assert told(TEXT.replace("name: toy", "name: another")) == plain
@@ -317,4 +318,4 @@ def test_a_history_in_an_object_store(bucket: str, finished: Path, tmp_path: Pat
     steps.report(TEXT, results(finished), tmp_path / "report", history=f"{bucket}/", run="kfp-id", schedule="nightly")
     newest = past.read()[-1]
     assert (newest.run, newest.schedule, newest.previous) == ("kfp-id", "nightly", "")
-    assert newest.json() == (tmp_path / "report" / history.FILE).read_bytes()
+    assert newest.json() == (tmp_path / "report" / RECORD).read_bytes()

@@ -27,7 +27,8 @@ import yaml
 from _servers import free_port, spawn, wait_for
 
 from distillery import history, regress, run
-from distillery.history import History, Record, whole
+from distillery.history import History, whole
+from distillery.history.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = ROOT / "k8s" / "components" / "monitoring"

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distillery.config import SHARED
 from distillery.report import table
 from distillery.report.answer import answer
-from distillery.report.load import SHARED, Failure, Outcome, Row, load, reached, shared_seconds
+from distillery.report.load import Failure, Outcome, Row, load, reached, shared_seconds
 from distillery.report.markdown import markdown
 from distillery.report.notes import Past, past, weaknesses
 from distillery.report.table import Entry

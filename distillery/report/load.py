@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from distillery import artifact
+from distillery.config import SHARED, canonical
 from distillery.errors import CorruptArtifact
 
-STEPS = ("prepare_data", "train_teacher", "gather_teachers", "synthesize", "relabel", "evaluate_student")
-SHARED = STEPS[:3]  # made once for several cells
 TRAINING = "train_teacher"
 
 
@@ -157,11 +156,6 @@ def _each_teacher(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def several(teacher: str) -> bool:
     """Whether that stands for several teachers at once (no name has a plus)."""
     return "+" in teacher
-
-
-def canonical(value: object) -> str:
-    """JSON with sorted keys: equal values, equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _result(folder: Path, manifest: artifact.Manifest, data: dict[str, Any], teachers: Mapping[str, str]) -> Outcome:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillery.report.load import STEPS, Row, canonical, reached, several
+from distillery.config import STEPS, canonical
+from distillery.report.load import Row, reached, several
 
 BASELINES = ("random", "median")  # real images, nothing synthesized
 TIE = 0.5  # points: smaller gaps are ties whatever the std says
