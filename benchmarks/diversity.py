@@ -2,6 +2,7 @@
 
     python benchmarks/diversity.py RUN --out RESULT
     python benchmarks/diversity.py RUN OTHER_RUN --teacher RUN/2-teachers/resnet20-0123456789abcdef --out RESULT
+    python benchmarks/diversity.py RUN --also OTHER_RUN/2-teachers/convnet3-0123456789abcdef --out RESULT
 
 Features are what enters the teacher's last linear layer, in the evaluation view. For each class
 
@@ -15,6 +16,9 @@ Cost: seconds of the synthesis by the set's manifest, and the work that the meth
 one image going forth and back through a teacher once. Beside CDA with the same data, IPC and iterations stands the
 share of its image-steps and, where both ran on the same hardware, of its seconds: DELT's saving.
 
+Recognised: the share of a set's images that the net which gives the features, and every net of `--also`, puts into
+their class. What only the teacher recognises is made for it alone; a net that had no part in the set tells.
+
 RESULT gets metrics.json, sets.csv, report.md and environment.json.
 """
 
@@ -24,7 +28,7 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +53,13 @@ REAL = "real images"
 DRAWS = 5
 BATCH = 256  # images per forward
 COLUMNS = (
-    *("method", "options", "ipc", "seed", "centroid", "pairwise", "iterations", "forwards", "image_steps"),
+    *("method", "options", "ipc", "seed", "centroid", "pairwise", "recognised", "iterations", "forwards"),
+    "image_steps",
     *("seconds", "hardware", "dataset", "set", "fingerprint"),
 )
-HEAD = (
-    *("method", "IPC", "sets", "centroid", "pairwise", "iterations", "image-steps", "seconds"),
-    *("image-steps / CDA", "seconds / CDA"),
+FEATURES, COSTS = (
+    ("method", "IPC", "sets", "centroid", "pairwise"),
+    ("iterations", "image-steps", "seconds", "image-steps / CDA", "seconds / CDA"),
 )
 Row = dict[str, Any]
 
@@ -102,11 +107,25 @@ def the_teacher(runs: Sequence[Path], sets: Sequence[Finished]) -> Path:
 def features(teacher: Frozen, images_u8: Tensor) -> Tensor:
     """Input of the last linear layer [N, F], float64 on the CPU, for uint8 images [N, 3, R, R]."""
     found = []
-    for part in images_u8.split(BATCH):
-        x_norm = augment.evaluation_view(teacher.compute.images(part), teacher.size, teacher.mean, teacher.std)
+    for x_norm in views(teacher, images_u8):
         with torch.no_grad(), teacher.compute.autocast():
             found.append(head.features(teacher.net, x_norm).double().cpu())
     return torch.cat(found)
+
+
+def views(judge: Frozen, images_u8: Tensor) -> Iterator[Tensor]:
+    """The images as accuracy is measured on them, a batch at a time."""
+    for part in images_u8.split(BATCH):
+        yield augment.evaluation_view(judge.compute.images(part), judge.size, judge.mean, judge.std)
+
+
+def recognised(judges: Sequence[Frozen], images_u8: Tensor, labels: Tensor) -> Row:
+    """The share of images that each net puts into their class; "recognised" is what the first does."""
+    shares = []
+    for judge in judges:
+        logits = torch.cat([judge.logits(view) for view in views(judge, images_u8)])
+        shares.append(float((logits.argmax(1).cpu() == labels).double().mean()))
+    return {"recognised": shares[0]} | {f"recognised_{place}": share for place, share in enumerate(shares) if place}
 
 
 def likeness(found: Tensor) -> tuple[float, float | None]:
@@ -134,7 +153,7 @@ def measured(found: Tensor, labels: Tensor) -> Row:
     }
 
 
-def baseline(teacher: Frozen, images: Real, ipc: int, draws: int) -> list[Row]:
+def baseline(judges: Sequence[Frozen], images: Real, ipc: int, draws: int) -> list[Row]:
     """Random real training images, IPC of each class: a row for each draw, none where a class has too few images."""
     counts = images.counts("train")
     if min(counts) < ipc:
@@ -150,11 +169,16 @@ def baseline(teacher: Frozen, images: Real, ipc: int, draws: int) -> list[Row]:
             ]
         )
         facts = {"method": REAL, "options": "{}", "ipc": ipc, "seed": draw, "dataset": images.name}
-        rows.append(facts | measured(features(teacher, pixels[picked]), labels[picked]))
+        rows.append(facts | seen(judges, pixels[picked], labels[picked]))
     return rows
 
 
-def one_set(teacher: Frozen, images: Real, one: Finished) -> Row:
+def seen(judges: Sequence[Frozen], images_u8: Tensor, labels: Tensor) -> Row:
+    """What the nets say of a set: the first gives the features, all of them recognise or not."""
+    return measured(features(judges[0], images_u8), labels) | recognised(judges, images_u8, labels)
+
+
+def one_set(judges: Sequence[Frozen], images: Real, one: Finished) -> Row:
     """How alike a synthetic set's images are, and what they cost."""
     config, found = one.manifest.config, synthetic.load(one.folder)
     method, ipc = config["method"], config["ipc"]
@@ -167,7 +191,7 @@ def one_set(teacher: Frozen, images: Real, one: Finished) -> Row:
         "options": json.dumps(config["options"], sort_keys=True),
         "ipc": ipc,
         "seed": config["seed"],
-        **measured(features(teacher, found.images_u8), found.labels),
+        **seen(judges, found.images_u8, found.labels),
         "iterations": getattr(options, "iterations", None),
         "forwards": said["forwards"],
         "image_steps": said.get("backwards", 0),
@@ -179,14 +203,17 @@ def one_set(teacher: Frozen, images: Real, one: Finished) -> Row:
     }
 
 
-def measure(runs: Sequence[Path], teacher: Path | None, draws: int, device: str, precision: str) -> Row:
+def measure(
+    runs: Sequence[Path], teacher: Path | None, draws: int, device: str, precision: str, also: Sequence[Path] = ()
+) -> Row:
     """Everything that metrics.json holds.
 
     Args:
         runs: folders of finished runs.
         teacher: folder of a `teacher` artifact; None for the one that made the sets.
         draws: of real images.
-        device, precision: of the teacher, see `distillery.device.choose`.
+        device, precision: of the nets, see `distillery.device.choose`.
+        also: folders of more `teacher` artifacts, which say what they recognise.
 
     Raises:
         UserError: a folder that is not a finished run's, several teachers and none chosen, or one for other images.
@@ -196,11 +223,9 @@ def measure(runs: Sequence[Path], teacher: Path | None, draws: int, device: str,
     for run in runs:
         for one in finished(run, "3-synthetic", "synthetic"):
             sets.setdefault(one.manifest.fingerprint, (run, one))
-    folder = teacher or the_teacher(runs, [one for _, one in sets.values()])
-    about = artifact.read(folder)
-    if about.kind != "teacher":
-        raise UserError(f"--teacher {folder}: holds a {about.kind} artifact; give the folder of one teacher")
-    judge = load_teacher(folder, choose(device, precision))
+    folders = [teacher or the_teacher(runs, [one for _, one in sets.values()]), *also]
+    manifests = [_teachers(folder) for folder in folders]
+    judges = [load_teacher(folder, choose(device, precision)) for folder in folders]
     data = {run: {one.manifest.fingerprint: one for one in finished(run, "1-data", "dataset")} for run in runs}
     loaded: dict[str, Real] = {}
     rows: list[Row] = []
@@ -211,16 +236,27 @@ def measure(runs: Sequence[Path], teacher: Path | None, draws: int, device: str,
             raise UserError(f"{one.folder}: was made from data that is not in {run / '1-data'}; put it back there")
         if source not in loaded:
             loaded[source] = real.load(data[run][source].folder)
-            _check(judge, folder, loaded[source])
+            for judge, folder in zip(judges, folders, strict=True):
+                _check(judge, folder, loaded[source])
         ipc = one.manifest.config["ipc"]
         if (source, ipc) not in drawn:
             drawn.add((source, ipc))
-            rows += [row | {"data": source} for row in baseline(judge, loaded[source], ipc, draws)]
-        rows.append(one_set(judge, loaded[source], one) | {"data": source})
+            rows += [row | {"data": source} for row in baseline(judges, loaded[source], ipc, draws)]
+        rows.append(one_set(judges, loaded[source], one) | {"data": source})
         print(f"{one.folder.name}: centroid {rows[-1]['centroid']:.4f}", flush=True)
     rows.sort(key=lambda row: (row["dataset"], row["data"], row["ipc"], row["method"] != REAL, *_name(row)))
-    said = {"net": judge.card.net, "accuracy": judge.card.accuracy, "fingerprint": about.fingerprint}
-    return {"teacher": said, "draws": draws, "groups": grouped(rows), "sets": rows}
+    first, *others = [
+        {"net": judge.card.net, "accuracy": judge.card.accuracy, "fingerprint": about.fingerprint}
+        for judge, about in zip(judges, manifests, strict=True)
+    ]
+    return {"teacher": first, "also": others, "draws": draws, "groups": grouped(rows), "sets": rows}
+
+
+def _teachers(folder: Path) -> Manifest:
+    about = artifact.read(folder)
+    if about.kind != "teacher":
+        raise UserError(f"{folder}: holds a {about.kind} artifact; give the folder of one teacher")
+    return about
 
 
 def _name(row: Row) -> tuple[str, str, int]:
@@ -273,7 +309,7 @@ def _group(own: Sequence[Row]) -> Row:
     first = own[0]
     kept = ("method", "options", "ipc", "dataset", "data", "iterations", "forwards", "image_steps")
     group = {key: first.get(key) for key in kept} | {"sets": len(own)}
-    for key in ("centroid", "pairwise", "seconds"):
+    for key in ("centroid", "pairwise", "seconds", *(key for key in first if key.startswith("recognised"))):
         values = [row[key] for row in own if row.get(key) is not None]
         group[key] = statistics.fmean(values) if values else None
         group[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -286,27 +322,35 @@ def report(found: Row) -> str:
     lines = [
         "# How alike the images of a class are",
         "",
-        f"Features of {teacher['net']} ({100 * teacher['accuracy']:.2f} %, {teacher['fingerprint'][:16]}). Cosine "
+        f"Features of {_judge(teacher)}. Cosine "
         "similarity to the class centroid and between pairs, mean over classes; lower is more diverse. Mean and sample "
         f"deviation over sets, of real images over {found['draws']} draws. Image-steps are images that go forth and "
         "back through a teacher, by the method's estimate; seconds are of the synthesis of a set. Shares are of CDA at "
-        "the same IPC and iterations, of seconds on the same hardware only.",
+        "the same IPC and iterations, of seconds on the same hardware only. Recognised is the share of images that a "
+        f"net puts into their class: {', '.join(_judge(one) for one in (teacher, *found['also']))}.",
         "",
     ]
+    keys = ["recognised", *(f"recognised_{place}" for place in range(1, len(found["also"]) + 1))]
+    head = (*FEATURES, *(f"by {one['net']}" for one in (teacher, *found["also"])), *COSTS)
     titles = {group["data"]: group["dataset"] for group in found["groups"]}
     for data, name in titles.items():
         own = [group for group in found["groups"] if group["data"] == data]
         machines = sorted({machine for group in own for machine in group["hardware"]})
         lines += [f"## {name} ({data[:16]})", "", f"Made on {'; '.join(machines)}.", ""]
-        lines += [_line(HEAD), _line([":--", *["--:"] * (len(HEAD) - 1)]), *map(_shown, own), ""]
+        lines += [_line(head), _line([":--", *["--:"] * (len(head) - 1)]), *(_shown(group, keys) for group in own), ""]
     return "\n".join(lines)
 
 
-def _shown(group: Row) -> str:
+def _judge(one: Row) -> str:
+    return f"{one['net']} ({100 * one['accuracy']:.2f} %, {one['fingerprint'][:16]})"
+
+
+def _shown(group: Row, judged: Sequence[str]) -> str:
     return _line(
         [
             *(group["name"], str(group["ipc"]), str(group["sets"])),
             *(_number(group, key, "{:.4f}") for key in ("centroid", "pairwise")),
+            *(_number(group, key, "{:.2f}") for key in judged),
             *("-" if group[key] is None else f"{group[key]:,}" for key in ("iterations", "image_steps")),
             _number(group, "seconds", "{:.1f}"),
             *(_share(group.get(key)) for key in ("image_steps_of_cda", "seconds_of_cda")),
@@ -345,6 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished distillery run")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher that judges (default: the runs' only one)")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="folders of more nets that look at the images")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of real images (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the features")
@@ -355,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--draws {given.draws}: at least 1, real images are what the sets are held against")
     if given.threads:
         torch.set_num_threads(given.threads)
-    found = measure(given.runs, given.teacher, given.draws, given.device, given.precision)
+    found = measure(given.runs, given.teacher, given.draws, given.device, given.precision, given.also)
     write(found, given.out)
     about = environment(choose(given.device, given.precision))
     (given.out / "environment.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")

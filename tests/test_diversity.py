@@ -84,16 +84,27 @@ def test_features_are_what_enters_the_last_layer_in_the_evaluation_view() -> Non
     assert torch.equal(found, torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(200)[:, None].expand(400, 12))
 
 
+def test_recognised_is_the_share_of_images_in_their_class() -> None:
+    dark = nn.Linear(12, 2)
+    with torch.no_grad():
+        dark.weight.copy_(torch.stack([-torch.ones(12), torch.ones(12)]))
+        dark.bias.zero_()
+    judge = looker()
+    judge.net = nn.Sequential(nn.Flatten(), dark)
+    images, labels = grey([0, 0, 255, 255]), torch.tensor([0, 1, 1, 1])
+    assert diversity.recognised([judge, judge], images, labels) == {"recognised": 0.75, "recognised_1": 0.75}
+
+
 def test_real_images_are_drawn_by_class_and_differ_from_draw_to_draw() -> None:
     images, labels = grey([*range(10), *range(245, 255)]), torch.arange(2).repeat_interleave(10)
     real = Real.of(images, labels, val=(images, labels))
-    one, two = diversity.baseline(looker(), real, ipc=3, draws=2)
+    one, two = diversity.baseline([looker()], real, ipc=3, draws=2)
     assert [one[key] for key in ("method", "ipc", "seed")] == [diversity.REAL, 3, 0]
     assert one["centroid"] == pytest.approx(1.0)  # a class is dark or light, so its images point one way
     assert one["pairwise"] == pytest.approx(1.0)
-    assert diversity.baseline(looker(), real, ipc=11, draws=2) == []
+    assert diversity.baseline([looker()], real, ipc=11, draws=2) == []
     noise = torch.randint(0, 256, (20, 3, 4, 4), generator=generator("noise"), dtype=torch.uint8)
-    one, two = diversity.baseline(looker(), Real.of(noise, labels, val=(noise, labels)), ipc=3, draws=2)
+    one, two = diversity.baseline([looker()], Real.of(noise, labels, val=(noise, labels)), ipc=3, draws=2)
     assert abs(one["pairwise"] - two["pairwise"]) > 1e-3
 
 
@@ -139,6 +150,10 @@ def test_another_teacher_judges_otherwise(finished: Path) -> None:
     assert other["teacher"]["net"] == "convnet1"
     assert own["sets"][-1]["set"] == other["sets"][-1]["set"]
     assert own["sets"][-1]["centroid"] != pytest.approx(other["sets"][-1]["centroid"], abs=1e-6)
+    both = diversity.measure([finished], None, 1, "cpu", "fp32", [small])
+    assert [row["recognised"] for row in both["sets"]] == [row["recognised"] for row in own["sets"]]
+    assert [row["recognised_1"] for row in both["sets"]] == [row["recognised"] for row in other["sets"]]
+    assert "| by convnet2 | by convnet1 |" in diversity.report(both)
     inside = diversity.measure([finished], gathered / "small", 1, "cpu", "fp32")
     assert inside["sets"] == other["sets"]
     with pytest.raises(UserError, match="teachers artifact"):
