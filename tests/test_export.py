@@ -227,6 +227,7 @@ def test_a_card_tells_what_the_run_knows(made: Path, tmp_path: Path) -> None:
     assert all(card.paper(name) for name in distillery.methods.METHODS if name != "random")
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch's, where there is one core only
 def test_workers_forked_or_spawned_give_the_same_batches(made: Path, tmp_path: Path) -> None:
     export.export(str(made), str(tmp_path / "set"), Wanted(cell=CELL))
     dataset = distillery.load(tmp_path / "set")
