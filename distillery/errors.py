@@ -3,6 +3,7 @@
     DistilleryError                 exit 1: something failed that the user need not have caused
     +-- UserError (ValueError)      exit 2: the user's mistake; the message says what to change
     |   +-- GateError               the teacher is worse than it must be, so nothing more is spent
+    |   +-- StoreRefused            the object store is there and says no: wrong keys, no such bucket, not allowed
     +-- StoreError                  the object store did not answer, or not as it should
     +-- CorruptArtifact             an artifact is unfinished, too new, or its bytes changed
     +-- NonFiniteLoss               a loss became NaN or infinite
@@ -30,6 +31,10 @@ class UserError(DistilleryError, ValueError):
 
 class GateError(UserError):
     """A teacher that fails its accuracy gate."""
+
+
+class StoreRefused(UserError):
+    """An object store that answers, and does not let this process in: a mistake in keys, names, rights or settings."""
 
 
 class StoreError(DistilleryError):

@@ -20,7 +20,7 @@ from distillery.checkpoints import LAST, Checkpoints, Mirror, Place, Vault
 from distillery.code_version import digest
 from distillery.config import Cell, plain
 from distillery.device import Compute, hardware, peak_memory, watch_memory
-from distillery.errors import DistilleryError, UserError
+from distillery.errors import DistilleryError, StoreError, StoreRefused, UserError
 from distillery.files import disk
 from distillery.track import CHECKPOINT, Track
 
@@ -82,7 +82,12 @@ class Execution:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[bool]:
-        """Yield whether there is work to do; afterwards finish the artifact, or record the cell's failure."""
+        """Yield whether there is work to do; afterwards finish the artifact, or record the cell's failure.
+
+        Raises:
+            Exception: outside cells, and with `stop_on_failure`, whatever the work raised.
+            StoreError, StoreRefused: a store or a disk failed; in a cell too, since another try may find it well.
+        """
         self._began, handed = time.monotonic(), False
         self._emit("started")
         try:
@@ -104,7 +109,10 @@ class Execution:
         except Exception as error:
             self._end_uploads(LAST)
             self._emit("failed", f"{type(error).__name__}: {error}")
-            if self.spec.cell is None or self.spec.cell.stop_on_failure:
+            # A recorded failure is a finished step to Kubeflow: cached, and never retried. What the store or the disk
+            # did says nothing of the cell, and is gone tomorrow.
+            surroundings = isinstance(error, (StoreError, StoreRefused))
+            if self.spec.cell is None or self.spec.cell.stop_on_failure or surroundings:
                 raise
             self._record(error)
         finally:

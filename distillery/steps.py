@@ -14,7 +14,8 @@ artifacts. A step whose `out` already holds its artifact returns at once; a kill
 which lies in `out` or, with `checkpoints` (a URI), in an object store.
 
 In a cell's three steps a failure becomes an artifact of kind "failure", which later steps pass on and the report shows:
-one bad cell does not take the others' report with it. `stop_on_failure: true` raises instead.
+one bad cell does not take the others' report with it. `stop_on_failure: true` raises instead, and so does a store or
+a disk that fails: that is not the cell's fault, and a retry of the step may find it well.
 """
 
 from __future__ import annotations

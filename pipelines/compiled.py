@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
@@ -14,6 +15,8 @@ from pipelines import package
 DISTILL = Path(__file__).with_name("distill_pipeline.yaml")
 SCHEMA = "2.1"
 MAX_BYTES = 16 << 20  # of a package; the API takes 32 MiB, the workflow made of it far less
+# A pod's volume is called as the secret in it, and volumes have narrower names than secrets.
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 WORDS = {
     "STRING": "a text",
     "NUMBER_INTEGER": "a whole number",
@@ -54,9 +57,11 @@ class Package:
             texts: name -> what somebody wrote; what is no text already must have the right type.
 
         Raises:
-            UserError: an unknown name, a value of another type, or a parameter without value.
+            UserError: an unknown name, a value of another type, a secret that no pod could have, or a parameter without
+                value.
         """
         values = {name: self._value(name, text) for name, text in texts.items()}
+        self._check_secrets(values)
         missing = [
             n for n, asked in self.parameters.items() if "defaultValue" not in asked and not asked.get("isOptional")
         ]
@@ -64,6 +69,26 @@ class Package:
         if lacking:
             raise UserError(f"{self.path.name}: no value for {choices(lacking)}; give --param NAME=VALUE")
         return values
+
+    def _check_secrets(self, values: Mapping[str, Any]) -> None:
+        """KFP's drivers and Kubernetes refuse such names only when the first step's pod is made."""
+        named = [
+            (one.get("secretNameParameter", {}).get("componentInputParameter"), kind)
+            for pod in package.pods_of(self.platform).values()
+            for kind in ("secretAsVolume", "secretAsEnv")
+            for one in pod.get(kind) or []
+        ]
+        for name, kind in dict.fromkeys(named):
+            if name not in values:
+                continue
+            text = str(values[name])
+            plain = text.replace(".", "-") if kind == "secretAsEnv" else text
+            if not LABEL.fullmatch(plain):
+                dots = "" if kind == "secretAsEnv" else " (no dots: it becomes the name of a volume)"
+                raise UserError(
+                    f"--param {name}={text!r}: no secret of a pod can be called so; write lower-case letters, digits "
+                    f"and '-', at most 63{dots}, or leave {name} out: the secret of its default may be missing"
+                )
 
     def _value(self, name: str, text: Any) -> Any:
         if name not in self.parameters:

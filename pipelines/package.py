@@ -46,6 +46,14 @@ def changed(package: List[Any], queue: str = "", pull_secret: str = "", parallel
     return made
 
 
+def pods_of(platform: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """The Kubernetes settings of each executor; {} where a package says nothing of Kubernetes."""
+    found: Any = platform
+    for key in ("platforms", "kubernetes", "deploymentSpec", "executors"):
+        found = found.get(key) or {}
+    return dict(found)
+
+
 def _pods(package: List[Any]) -> List[Dict[str, Any]]:
     """The Kubernetes settings of every step."""
     try:

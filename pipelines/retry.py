@@ -14,8 +14,9 @@ from pipelines.api import ApiError, BadRequest, Client, Run, Unreachable, age
 from pipelines.progress import Step, last_lines, log_of, place, steps_of, stopped
 
 LONGEST = 1800.0  # seconds between a failure and its retry, at most
-MISTAKES = re.compile(r"\b(UserError|GateError)\b")
+MISTAKES = re.compile(r"\b(UserError|GateError|StoreRefused)\b")
 VERDICT = "verdict"  # it only repeats what the report has found; a retry would run nothing else
+ANOTHER = "submit again, with another value of the parameter attempt if the same cells shall run"  # they are cached
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def judge(client: Client, run: Run, limits: Limits, past: Past) -> Verdict:
     if forgotten(run) and run.id not in past.retries:
         return Verdict(False, f"{names}: not retried: it was before, and this server does not say how often")
     if failed and all(step.path == VERDICT for step in failed):
-        return Verdict(False, "not retried: cells failed, and a retry would only repeat the verdict; submit again")
+        return Verdict(False, f"not retried: cells failed, and a retry would only repeat the verdict; {ANOTHER}")
     if mistake := next((end[-1] for end in ends.values() if end and MISTAKES.search(end[-1])), ""):
         return Verdict(False, f"{names}: not retried, since only a change helps: {mistake}")
     if done >= limits.retries:

@@ -270,7 +270,7 @@ def test_the_read_only_patch_in_the_docs_does_that(tmp_path: Path) -> None:
     assert [m["mountPath"] for m in containers["main"]["volumeMounts"]] == ["/tmp"], "one mount, whoever gave it"
 
 
-def test_the_bucket_job_makes_the_bucket_and_can_run_again(tmp_path: Path) -> None:
+def test_the_bucket_job_makes_the_buckets_and_can_run_again(tmp_path: Path) -> None:
     job = next(pod for name, pod in pod_templates(json.loads(overlay("local"))) if name == "Job/distillery-bucket")
     (container,) = job["spec"]["containers"]
     with running(available()[0], tmp_path) as server:
@@ -281,7 +281,7 @@ def test_the_bucket_job_makes_the_bucket_and_can_run_again(tmp_path: Path) -> No
         for _ in range(2):
             subprocess.run([sys.executable, *container["command"][1:], *container["args"]], env=given, check=True)
         client = Minio(given["ENDPOINT"], server.access, server.secret, secure=False)
-        assert [bucket.name for bucket in client.list_buckets()] == ["distillery"]
+        assert [bucket.name for bucket in client.list_buckets()] == ["distillery", "mlpipeline"]
         bad = subprocess.run(
             [sys.executable, *container["command"][1:], *container["args"]],
             env={**given, "AWS_SECRET_ACCESS_KEY": "wrong"},

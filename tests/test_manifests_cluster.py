@@ -10,11 +10,15 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from _kube import DEFINITIONS, Cluster, built, cluster
 from _manifests import K8S, NAMESPACE, ROOT, build, combinations, own, pod_templates
+
+from pipelines import compiled, package
+from pipelines.doctor import asks
 
 pytestmark = [
     pytest.mark.cluster,
@@ -81,15 +85,43 @@ def test_pods_pass_the_restricted_level(applied: Cluster, tmp_path: Path) -> Non
         assert loose.returncode != 0 and 'violates PodSecurity "restricted' in loose.stderr, name
 
 
+@pytest.mark.parametrize("name", ["distill_pipeline.yaml", "distill_sharded_pipeline.yaml"])
+def test_the_steps_pods_pass_the_restricted_level(kube: Cluster, name: str) -> None:
+    chosen = compiled.load(ROOT / "pipelines" / name)
+    given = {"tolerations": '[{"key": "gpu", "operator": "Exists"}]', "node_selector": '{"disk": "ssd"}'}
+    values = asks.values(chosen, given)
+    spec, settings = chosen.spec["deploymentSpec"]["executors"], package.pods_of(chosen.platform)
+    assert set(settings) == set(spec)
+    for label, pod in settings.items():
+        made = step_pod(spec[label]["container"], pod, values)
+        made["metadata"] = {"name": label, "namespace": NAMESPACE}
+        made["spec"]["serviceAccountName"] = "pipeline-runner"
+        kube.run("create", "serviceaccount", "pipeline-runner", "-n", NAMESPACE)  # there from the second one on
+        done = kube.run(
+            "create", "--dry-run=server", "--validate=strict", "-o", "json", "-f", "-", stdin=json.dumps(made)
+        )
+        assert done.returncode == 0, f"{label}: {done.stderr}"
+        found = json.loads(done.stdout)["spec"]
+        assert found["containers"][0]["imagePullPolicy"] == "IfNotPresent", "an image that was loaded onto the nodes"
+        assert found["activeDeadlineSeconds"] >= 1800 and found["nodeSelector"] == {"disk": "ssd"}
+        assert {"key": "gpu", "operator": "Exists"} in found["tolerations"]
+        (made["spec"]["containers"][0]["securityContext"]).pop("runAsNonRoot")
+        loose = kube.run("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))
+        assert 'violates PodSecurity "restricted' in loose.stderr
+
+
 def test_applying_twice_changes_nothing_and_deleting_leaves_nothing(applied: Cluster, tmp_path: Path) -> None:
     folder, names = str(tmp_path), [(d["kind"], d["metadata"]["name"]) for d in build(tmp_path)]
 
-    def versions() -> list[str]:
-        return [applied.get(kind, name, "-n", NAMESPACE)["metadata"]["resourceVersion"] for kind, name in names]
+    def objects() -> list[dict[str, Any]]:
+        found = [applied.get(kind, name, "-n", NAMESPACE) for kind, name in names]
+        for one in found:  # Kubernetes 1.36 stores a claim for a volume once more, with nothing else changed
+            one["metadata"].pop("resourceVersion")
+        return found
 
-    before = versions()
+    before = objects()
     applied.do("apply", "--server-side", "-k", folder)
-    assert versions() == before
+    assert objects() == before
     applied.do("delete", "-k", folder, "--wait=false")
     kinds = "serviceaccounts,roles,rolebindings,cronjobs,deployments,services,networkpolicies"
     left = applied.get(kinds, "-n", NAMESPACE, "-l", "app.kubernetes.io/part-of=distillery")
@@ -212,6 +244,61 @@ def test_every_kubectl_command_of_the_operations_page_works(kube: Cluster, tmp_p
         assert done.returncode == 0, f"{line}: {done.stderr}"
     left = kube.get("all,networkpolicies,roles,quota", "-n", "kubeflow", "-l", "app.kubernetes.io/part-of=distillery")
     assert [item["kind"] for item in left["items"] if item["kind"] != "Job"] == []
+
+
+def step_pod(container: dict[str, Any], pod: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A step's pod as KFP's driver makes it of a package (backend/src/v2/driver/k8s.go), without Argo's own containers.
+
+    Args:
+        container, pod: the executor's entries in the package and among its settings for Kubernetes.
+        values: of the pipeline's parameters; what a profile says is made up.
+    """
+    volumes = [
+        {"name": one["volumeName"], "emptyDir": {k: one[k] for k in ("medium", "sizeLimit") if k in one}}
+        for one in pod["emptyDirMounts"]
+    ]
+    mounts = [{"name": one["volumeName"], "mountPath": one["mountPath"]} for one in pod["emptyDirMounts"]]
+    variables = list(container["env"])
+    for one in pod["secretAsVolume"]:
+        name = values[one["secretNameParameter"]["componentInputParameter"]]
+        volumes.append({"name": name, "secret": {"secretName": name, "optional": one["optional"]}})
+        mounts.append({"name": name, "mountPath": one["mountPath"]})
+    for one in pod["secretAsEnv"]:
+        name = values[one["secretNameParameter"]["componentInputParameter"]]
+        for pair in one["keyToEnv"]:
+            key = {"name": name, "key": pair["secretKey"], "optional": one["optional"]}
+            variables.append({"name": pair["envVar"], "valueFrom": {"secretKeyRef": key}})
+    user = {name: int(pod["securityContext"][name]) for name in ("runAsUser", "runAsGroup")}
+    user["runAsNonRoot"] = pod["securityContext"]["runAsNonRoot"]
+    # What KFP's compiler gives every launcher itself.
+    hardened = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    limits = {
+        "cpu": "2",
+        "memory": "8Gi",
+        **({values["gpu_type"]: "1"} if "accelerator" in container["resources"] else {}),
+    }
+    main = {
+        "name": "main",
+        "image": values["image"],
+        "command": container["command"],
+        "args": container["args"],
+        "env": variables,
+        "resources": {"limits": limits},
+        "volumeMounts": mounts,
+        "securityContext": {**hardened, "seccompProfile": {"type": "RuntimeDefault"}, **user},
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "spec": {
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": int(pod["activeDeadlineSeconds"]),
+            "containers": [main],
+            "volumes": volumes,
+            "tolerations": values[pod["tolerations"][0]["tolerationJson"]["componentInputParameter"]],
+            "nodeSelector": values[pod["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"]],
+        },
+    }
 
 
 def command(target: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from distillery import artifact, run, steps
-from distillery.errors import DistilleryError, UserError
+from distillery.errors import DistilleryError, StoreError, StoreRefused, UserError
 
 TEXT = """
 name: toy
@@ -139,6 +139,20 @@ def test_a_failed_cell_leaves_the_others_and_is_tried_again(tmp_path: Path, monk
     results = (done.report / "results.csv").read_text()
     assert "random" in results
     monkeypatch.setattr(broken, "synthesize", works)
+    assert run.run(text, str(tmp_path)).failures == []
+
+
+@pytest.mark.parametrize("kind", [StoreError, StoreRefused])
+def test_what_a_store_did_is_not_the_cells_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[DistilleryError]
+) -> None:
+    text = TEXT.replace("labels: {mode: stored}", "")
+    broken = steps.methods.find("rded")
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "synthesize", lambda *_, **__: (_ for _ in ()).throw(kind("no answer from the store")))
+        with pytest.raises(kind, match="no answer"):
+            run.run(text, str(tmp_path))
+    assert not list(tmp_path.rglob("failure.json")), "Kubeflow would keep it in its cache"
     assert run.run(text, str(tmp_path)).failures == []
 
 

@@ -165,12 +165,12 @@ def test_a_profile_is_a_parameter_where_the_pipeline_has_one(kfp: FakeKfp, tmp_p
 @pytest.mark.slow  # importing kfp takes 3 to 10 s
 def test_the_plain_command_of_kfp_sends_the_same(kfp: FakeKfp, tmp_path: Path) -> None:
     path = str(compiled.DISTILL)
-    assert submit(kfp, path, "-x", str(ROOT / "pipelines/experiments/demo.yaml")) == 0
-    text = (ROOT / "pipelines/experiments/demo.yaml").read_text()
+    assert submit(kfp, path, "-x", str(ROOT / "pipelines/experiments/demo.yaml"), "--param", "attempt=2") == 0
+    text = (ROOT / "pipelines/experiments/demo.yaml").read_text()  # and attempt is quoted as docs/resources.md says
     command = [str(Path(sys.executable).with_name("kfp")), "--endpoint", kfp.endpoint, "run", "create"]
     plain = {name: value for name, value in os.environ.items() if name.lower() not in ("http_proxy", "https_proxy")}
     done = subprocess.run(
-        [*command, "-e", "distill", "-f", path, f"experiment={text}"],
+        [*command, "-e", "distill", "-f", path, f"experiment={text}", 'attempt="2"'],
         env={**plain, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -209,6 +209,19 @@ def test_mistakes_cost_nothing(
     assert submit(kfp, tiny, *words) == 2
     assert says in capsys.readouterr().err
     assert not kfp.requests
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [("s3_ca=", "leave s3_ca out"), ("s3_ca=store.ca", "no dots"), ("s3_secret=My_Keys", "s3_secret='My_Keys'")],
+)
+def test_secrets_that_no_pod_can_have_are_refused_here(
+    kfp: FakeKfp, given: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(kfp, "--param", given) == 2
+    assert says in capsys.readouterr().err
+    assert not kfp.requests
+    assert submit(kfp, "--param", "s3_ca=store-ca", "--param", "s3_secret=store.keys") == 0
 
 
 @pytest.mark.parametrize("text", ["name: mine\n", "a: [", "\x00", ""])
@@ -450,7 +463,10 @@ def test_a_pod_that_nobody_starts_is_told_about(
         (Act("plan", fails=9, message="pod deleted", lost_log=True), 2, 2, "its pod was lost; retry 2 of 2"),
         (Act("plan", fails=2, message="pod deleted", lost_log=True), 3, 2, "SUCCEEDED"),
         (Act("plan", fails=1, log="distillery.errors.UserError: root 'x'"), 3, 0, "only a change helps"),
+        (Act("plan", fails=1, log="distillery.errors.StoreRefused: wrong credentials"), 3, 0, "only a change helps"),
+        (Act("plan", fails=1, log="distillery.errors.StoreError: no answer"), 3, 1, "SUCCEEDED"),
         (Act("verdict", fails=1, log="1 of 3 cells failed"), 3, 0, "only repeat the verdict"),
+        (Act("verdict", fails=1, log="1 of 3 cells failed"), 3, 0, "another value of the parameter attempt"),
         (Act("plan", fails=9, message="OOMKilled (exit code 137)", lost_log=True), 3, 1, "failed twice"),
         (Act("cell/0/relabel", fails=1, driver=True, message="no node"), 1, 1, "SUCCEEDED"),
     ],

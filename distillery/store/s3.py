@@ -50,7 +50,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error
 from minio.helpers import check_bucket_name
 from urllib3.exceptions import HTTPError
 
-from distillery.errors import CorruptArtifact, DistilleryError, StoreError, UserError, choices, nearest
+from distillery.errors import CorruptArtifact, DistilleryError, StoreError, StoreRefused, UserError, choices, nearest
 from distillery.files import disk, remember, replacing, sha256_of
 from distillery.store import _crew
 from distillery.store._base import HOLD, Entry, MissingKey, Store, check_key, hidden, join
@@ -72,30 +72,30 @@ FORGOTTEN = {"NoSuchUpload", "InvalidPart", "InternalError"}  # an upload in par
 
 ADVICE: tuple[tuple[set[str], type[DistilleryError], str], ...] = (
     ({"NoSuchKey", "NoSuchObject", "ResourceNotFound"}, MissingKey, "there is nothing under that key"),
-    ({"NoSuchBucket", "InvalidBucketName"}, UserError, "create that bucket or correct its name"),
+    ({"NoSuchBucket", "InvalidBucketName"}, StoreRefused, "create that bucket or correct its name"),
     (
         {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidTokenId"},
-        UserError,
+        StoreRefused,
         "wrong credentials, or temporary ones that have expired: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
         "AWS_SESSION_TOKEN",
     ),
     (
         {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"},
-        UserError,
+        StoreRefused,
         "the credentials have expired: put new ones into AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN",
     ),
     (
         {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidSecurity"},
-        UserError,
+        StoreRefused,
         "wrong credentials (check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or they may not do that: they need to "
         "list the bucket and to get, put and delete objects (and AWS_REGION set, if they may not ask for the bucket's)",
     ),
     (
         {"PermanentRedirect", "Redirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"},
-        UserError,
+        StoreRefused,
         "set AWS_REGION to the bucket's region",
     ),
-    ({"RequestTimeTooSkewed"}, UserError, "set the clock that is wrong (15 minutes are tolerated)"),
+    ({"RequestTimeTooSkewed"}, StoreRefused, "set the clock that is wrong (15 minutes are tolerated)"),
     (
         {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"},
         StoreError,
@@ -399,14 +399,14 @@ class S3Store(Store):
                 "AWS_S3_ADDRESSING_STYLE=virtual the bucket is part of the host's name)"
             ) from error
         except Untrusted as error:
-            raise UserError(
+            raise StoreRefused(
                 f"{where}: TLS failed: {error}; set AWS_CA_BUNDLE to the authority's PEM file; AWS_ENDPOINT_URL "
                 "must have the name that the certificate is for, and http:// for a server without TLS"
             ) from error
         except S3Error as error:
             raise _explain(error, where) from error
         except (InvalidResponseError, ParseError) as error:
-            raise UserError(
+            raise StoreRefused(
                 f"{where}: the answer is not S3's ({error!s:.200}); AWS_ENDPOINT_URL must be the server's S3 port, "
                 "not its web console or a proxy's page, and https:// where that port speaks TLS"
             ) from error
@@ -452,7 +452,7 @@ class _Credentials(providers.ChainedProvider):
         try:
             return super().retrieve()
         except (ValueError, KeyError, OSError, HTTPError, configparser.Error) as error:
-            raise UserError(
+            raise StoreRefused(
                 f"no credentials for S3 ({error!s:.200}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
 

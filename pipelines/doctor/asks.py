@@ -16,7 +16,7 @@ from typing import Any
 
 from distillery.errors import DistilleryError, UserError
 from pipelines.compiled import Package
-from pipelines.package import QUEUE_LABEL
+from pipelines.package import QUEUE_LABEL, pods_of
 
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 SELECTOR = re.compile(r'parseJson\(string_value\)\["([^"]+)"\]')
@@ -293,7 +293,7 @@ def _list(tree: Object, key: str) -> list[Object]:
 
 def _pods(package: Package) -> Object:
     """The Kubernetes settings of each executor."""
-    return _at(package.platform, "platforms", "kubernetes", "deploymentSpec", "executors")
+    return pods_of(package.platform)
 
 
 def _at(tree: Any, *path: str) -> Object:
