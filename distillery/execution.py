@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distillery import artifact, console
 from distillery.checkpoints import LAST, Checkpoints, Mirror, Place, Vault
 from distillery.code_version import digest
@@ -86,7 +88,8 @@ class Execution:
 
         Raises:
             Exception: outside cells, and with `stop_on_failure`, whatever the work raised.
-            StoreError, StoreRefused: a store or a disk failed; in a cell too, since another try may find it well.
+            StoreError, StoreRefused, torch.AcceleratorError: a store, a disk or the GPU failed; in a cell too,
+            since another try may find it well.
         """
         self._began, handed = time.monotonic(), False
         self._emit("started")
@@ -110,8 +113,8 @@ class Execution:
             self._end_uploads(LAST)
             self._emit("failed", f"{type(error).__name__}: {error}")
             # A recorded failure is a finished step to Kubeflow: cached, and never retried. What the store or the disk
-            # did says nothing of the cell, and is gone tomorrow.
-            surroundings = isinstance(error, (StoreError, StoreRefused))
+            # did says nothing of the cell, and is gone tomorrow; so is a GPU that fell over (one too small is not).
+            surroundings = isinstance(error, (StoreError, StoreRefused, torch.AcceleratorError))
             if self.spec.cell is None or self.spec.cell.stop_on_failure or surroundings:
                 raise
             self._record(error)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from distillery import artifact, run, steps
 from distillery.errors import DistilleryError, StoreError, StoreRefused, UserError
@@ -142,14 +143,14 @@ def test_a_failed_cell_leaves_the_others_and_is_tried_again(tmp_path: Path, monk
     assert run.run(text, str(tmp_path)).failures == []
 
 
-@pytest.mark.parametrize("kind", [StoreError, StoreRefused])
-def test_what_a_store_did_is_not_the_cells_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[DistilleryError]
+@pytest.mark.parametrize("kind", [StoreError, StoreRefused, torch.AcceleratorError])
+def test_what_a_store_or_the_gpu_did_is_not_the_cells_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     text = TEXT.replace("labels: {mode: stored}", "")
     broken = steps.methods.find("rded")
     with monkeypatch.context() as patch:
-        patch.setattr(broken, "synthesize", lambda *_, **__: (_ for _ in ()).throw(kind("no answer from the store")))
+        patch.setattr(broken, "synthesize", lambda *_, **__: (_ for _ in ()).throw(kind("no answer")))
         with pytest.raises(kind, match="no answer"):
             run.run(text, str(tmp_path))
     assert not list(tmp_path.rglob("failure.json")), "Kubeflow would keep it in its cache"
