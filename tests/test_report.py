@@ -459,6 +459,12 @@ def test_the_answer_is_one_sentence(three_seeds: list[Path], tmp_path: Path) -> 
     )
     assert sentence in page(tmp_path / "out").text
     assert f"**{sentence}**" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    tried = [result(tmp_path, cell("sre2l", ipc=2, factor=f), f / 10) for f in (1, 2, 3)]
+    report.build("toy", tried, tmp_path / "tried", "v1")
+    assert "sre2l factor=3 with 2 images per class reaches 30.0 %" in page(tmp_path / "tried").text
+    assert "; the best of 3 variants;" in page(tmp_path / "tried").text
+    report.build("toy", [*tried, result(tmp_path, cell("rded", ipc=2), 0.1)], tmp_path / "both", "v1")
+    assert "; the best of 2 methods;" in page(tmp_path / "both").text, "options of a method make no further one"
     worse = [result(tmp_path, cell("sre2l", ipc=1), 0.4), result(tmp_path, cell("random", ipc=1), 0.5)]
     report.build("toy", worse, tmp_path / "worse", "v1")
     text = page(tmp_path / "worse").text
