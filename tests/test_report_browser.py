@@ -91,6 +91,13 @@ def test_warnings_are_a_click_away_and_images_grow(tab: Tab, pages: dict[str, Pa
     assert tab.run(width) > 2 * before
 
 
+@pytest.mark.parametrize("width", [768, 1280])
+def test_a_leaderboard_needs_no_scrolling_but_on_a_phone(tab: Tab, pages: dict[str, Path], width: int) -> None:
+    tab.show(width)
+    tab.open(pages["ordinary"])
+    assert tab.run("(each => each.scrollWidth <= each.clientWidth)(document.querySelector('.scroll:has(.board)'))")
+
+
 def test_a_phone_keeps_the_methods_in_sight(tab: Tab, pages: dict[str, Path]) -> None:
     tab.show(390)
     tab.open(pages["ordinary"])
