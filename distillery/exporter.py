@@ -25,8 +25,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from distillery.errors import DistilleryError, UserError
-from distillery.history import History
+from distillery.errors import DistilleryError, StoreError, UserError
+from distillery.history import FOLDER, History
 from distillery.history.record import Record
 from distillery.regress import entries
 from distillery.store import open_store
@@ -71,7 +71,7 @@ class Exporter(Collector):
         self._size: tuple[float, float] | None = None  # bytes used, and of how many
         self._measured = float("-inf")
         self._up, self._took, self._looked = 0, 0.0, 0.0
-        self._said = ""
+        self._said, self._was_there = "", False
 
     def look(self) -> bool:
         """Read what is new in the store; False, with one line on standard error, when that was not possible."""
@@ -114,17 +114,32 @@ class Exporter(Collector):
         return History(self.place, keep, PATIENCE), newest
 
     def _read(self) -> list[Seen]:
+        self._check_there()
         runs = self._history.read()
         if {record.run for record in self._newest.values()} <= {run.run for run in runs}:
             return runs
         self._history, self._newest = self._start()  # somebody deleted a run whose results are shown
         return self._history.read()
 
+    def _check_there(self) -> None:
+        """A folder that lost its history is a volume that is not mounted, and not a store without runs.
+
+        Raises:
+            StoreError: it was there at the last look, and is not now.
+        """
+        folder = _folder(open_store(self.place, PATIENCE).uri)
+        if folder is None:
+            return
+        if self._was_there and not (folder / FOLDER).is_dir():
+            raise StoreError(
+                f"{folder / FOLDER} is gone: is its volume mounted? If you deleted it, restart the exporter"
+            )
+        self._was_there = (folder / FOLDER).is_dir()
+
     def _measure(self) -> None:
         """A folder's disk at every look; a bucket once an hour, and only if somebody said how much it may hold."""
         store = open_store(self.place, PATIENCE)
-        if store.uri.startswith("file:"):
-            folder = Path(url2pathname(store.uri.removeprefix("file://")))
+        if folder := _folder(store.uri):
             there = next(path for path in (folder, *folder.parents) if path.exists())
             disk = shutil.disk_usage(there)
             self._size = float(disk.used), float(disk.used + disk.free)  # what is reserved for root is nobody's
@@ -147,6 +162,11 @@ class Exporter(Collector):
             *_of_runs([run for run in runs if run.experiment in shown], since),
             *results,
         ]
+
+
+def _folder(uri: str) -> Path | None:
+    """The folder of a store on this machine, None for any other."""
+    return Path(url2pathname(uri.removeprefix("file://"))) if uri.startswith("file:") else None
 
 
 def serve(exporter: Exporter, *, port: int, address: str = "0.0.0.0", every: float = 30.0) -> None:

@@ -24,6 +24,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from distillery.config import Cell, Piece, parse, plain
 from distillery.data import prepare, real, synthetic
 from distillery.data.synthetic import Synthetic
 from distillery.device import Compute, choose
-from distillery.errors import DistilleryError, UserError, choices
+from distillery.errors import CorruptArtifact, DistilleryError, UserError, choices
 from distillery.execution import Execution, Spec, clear
 from distillery.history import enter, of_run
 from distillery.history.record import RECORD, Record
@@ -437,7 +438,7 @@ def report(
         kind="report",
         step="report",
         config={"name": wanted.name},
-        inputs={f"result-{i:03d}": Path(r) for i, r in enumerate(results)},
+        inputs=_finished(folders),
         meta={"failures": len(summary.failures)},
         seconds=seconds,
         hardware="",
@@ -447,6 +448,15 @@ def report(
         | {"summary": f"{len(results)} cells, {len(summary.failures)} failed"}
     )
     return summary.failures
+
+
+def _finished(results: Sequence[Path]) -> dict[str, Manifest]:
+    """The report's inputs. What has no readable manifest is none: the report shows it as a failure."""
+    found: dict[str, Manifest] = {}
+    for i, folder in enumerate(results):
+        with suppress(CorruptArtifact):
+            found[f"result-{i:03d}"] = artifact.read(folder, verify=False)
+    return found
 
 
 def _entered(record: Record, place: str) -> tuple[Record, Past]:

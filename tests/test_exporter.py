@@ -204,6 +204,25 @@ def test_a_store_that_is_down_leaves_the_last_values(tmp_path: Path, capfd: pyte
     assert "AWS_SECRET_ACCESS_KEY" in said or "SignatureDoesNotMatch" in said
 
 
+def test_a_volume_that_is_not_mounted_leaves_the_last_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    exporter = Exporter(str(tmp_path / "runs"))
+    assert exporter.look(), "no run yet"
+    put(tmp_path / "runs", record("a"))
+    assert exporter.look()
+    before = scrape(exporter)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "runs").mkdir()
+    assert not exporter.look() and not exporter.look()
+    found = scrape(exporter)
+    assert one(found["store_up"]) == 0
+    assert (found["history_records"], found["accuracy_last"]) == (before["history_records"], before["accuracy_last"])
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
+    assert exporter.look() and one(scrape(exporter)["store_up"]) == 1
+    said = capfd.readouterr().err
+    assert said.count("is gone: is its volume mounted?") == 1 and "answers again" in said
+
+
 def test_without_credentials_it_says_so_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

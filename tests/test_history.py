@@ -88,6 +88,20 @@ def test_without_another_place_the_history_is_the_outputs(finished: Path, tmp_pa
     assert only(tmp_path).run == only(finished / "store").run
 
 
+def test_results_that_never_finished_are_failures_of_a_report_that_is_there(finished: Path, tmp_path: Path) -> None:
+    (half := tmp_path / "half").mkdir()
+    (half / "result.json").write_text("{")
+    (torn := tmp_path / "torn").mkdir()
+    (torn / artifact.MANIFEST).write_text('{"schema"')
+    place, found = tmp_path / "report", [*results(finished), half, torn, tmp_path / "absent"]
+    failures = steps.report(TEXT, found, place, history=str(tmp_path))
+    assert [line.partition(":")[0] for line in failures] == ["absent", "half", "torn"]
+    assert "has no manifest.json" in failures[1]
+    assert list(artifact.read(place, "report").inputs) == ["result-000"]
+    assert "3 of 4 cells failed" in (place / "report.html").read_text()
+    assert only(tmp_path).status == "failed"
+
+
 def test_a_worse_run_says_so_in_report_and_metrics(finished: Path, tmp_path: Path) -> None:
     now = only(finished / "store")
     (made,) = now.cells

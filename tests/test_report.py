@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distillery import artifact, evaluate, report
+from distillery import artifact, console, evaluate, report
 from distillery.preview import write_preview
+from distillery.report import words
 from distillery.report.load import Outcome, shared_seconds
 from distillery.rng import generator
 
@@ -458,6 +459,12 @@ def test_the_answer_is_one_sentence(three_seeds: list[Path], tmp_path: Path) -> 
     )
     assert sentence in page(tmp_path / "out").text
     assert f"**{sentence}**" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    tried = [result(tmp_path, cell("sre2l", ipc=2, factor=f), f / 10) for f in (1, 2, 3)]
+    report.build("toy", tried, tmp_path / "tried", "v1")
+    assert "sre2l factor=3 with 2 images per class reaches 30.0 %" in page(tmp_path / "tried").text
+    assert "; the best of 3 variants;" in page(tmp_path / "tried").text
+    report.build("toy", [*tried, result(tmp_path, cell("rded", ipc=2), 0.1)], tmp_path / "both", "v1")
+    assert "; the best of 2 methods;" in page(tmp_path / "both").text, "options of a method make no further one"
     worse = [result(tmp_path, cell("sre2l", ipc=1), 0.4), result(tmp_path, cell("random", ipc=1), 0.5)]
     report.build("toy", worse, tmp_path / "worse", "v1")
     text = page(tmp_path / "worse").text
@@ -497,12 +504,18 @@ def test_costs_and_hashes_are_those_of_the_artifacts(tmp_path: Path) -> None:
     found = page(tmp_path / "out")
     manifest = artifact.read(made)
     assert "7.5" in found.text.partition("Time and memory")[2], "30 images in 4 s"
-    assert "5.0 MB" in found.text, "the peak of synthesize, larger than the last step's"
-    assert "50\u00d7" in found.text, "288 kB of all images against 5,767 bytes"
+    assert "4.8 MiB" in found.text, "the peak of synthesize, larger than the last step's"
+    assert "50\u00d7" in found.text, "288,000 bytes of all images against 5,767 bytes"
     hashes = [attributes["title"] for attributes in found.all("code") if "title" in attributes]
     assert manifest.fingerprint in hashes
     assert manifest.inputs["labels"] in hashes
     assert hashlib.sha256(b"name: toy").hexdigest() in found.text
+
+
+def test_sizes_are_said_alike_everywhere() -> None:
+    said = {0: "0 B", 1023: "1023 B", 5767: "5.6 KiB", 3 << 20: "3.0 MiB", 5 << 40: "5.0 TiB", 5 << 50: "5120.0 TiB"}
+    assert {count: words.size(count) for count in said} == said == {count: console.size(count) for count in said}
+    assert words.size(None) == words.NOTHING
 
 
 @pytest.mark.parametrize(("side", "shown", "gap"), [(8, 32, 2), (32, 32, 2), (64, 64, 4), (224, 96, 6)])

@@ -41,7 +41,10 @@ def _share(best: Entry) -> str:
 
 def _place(best: Entry, group: Sequence[Entry]) -> str:
     leader = max(group, key=lambda e: e.mean)
-    said = "" if len(group) < 2 else f"the best of {len(group)} methods"
+    methods = len({e.rows[0].method for e in group})
+    said = f"the best of {methods} methods" if methods > 1 else ""
+    if len(group) > methods == 1:
+        said = f"the best of {len(group)} variants"
     if leader.mean > best.mean:
         said = f"behind {leader.method} ({leader.mean:.1f} %)"
     if best.to_random is None:

@@ -24,6 +24,8 @@ LISTED = 8  # mistakes
 def heat(settings: Mapping[Setting, list[Entry]], classes: Sequence[str], most: int) -> dict[str, Any]:
     """Tables of accuracy by class, one per setting, while they fit; `left_out` says how many did not.
 
+    `methods` is how many columns the widest has.
+
     Args:
         settings: entries by setting.
         classes: names.
@@ -47,7 +49,8 @@ def heat(settings: Mapping[Setting, list[Entry]], classes: Sequence[str], most: 
         lines = [(classes[i], [values[i] for _, values in columns]) for i in shown]
         tables.append({"title": title(setting), "methods": [e.method for e, _ in columns], "lines": lines})
     partial = EXTREMES if len(classes) > MOST_CLASSES else 0
-    return {"tables": tables, "left_out": left_out, "classes": len(classes), "partial": partial}
+    widest = max((len(table["methods"]) for table in tables), default=0)
+    return {"tables": tables, "methods": widest, "left_out": left_out, "classes": len(classes), "partial": partial}
 
 
 def per_class(rows: Sequence[Row]) -> list[float]:

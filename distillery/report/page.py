@@ -18,7 +18,7 @@ from distillery.report import charts, costs, provenance, words
 from distillery.report.classes import confusions, heat
 from distillery.report.load import Failure, Outcome, shared_seconds
 from distillery.report.notes import HOW_TO_READ, Note, labels, title
-from distillery.report.table import Entry, Setting, by_setting
+from distillery.report.table import BASELINES, Entry, Setting, by_setting
 
 FOLDER = Path(__file__).parent
 LARGEST = 1_950_000  # bytes of the page
@@ -172,6 +172,7 @@ def _grid(ipc: int, name: str, teacher: str, outcome: Outcome, most_bytes: int) 
         "method": name,
         "by": f"{by}, seed {outcome.rows[0].seed}",
         "alt": alt,
+        "baseline": outcome.rows[0].method in BASELINES,
         "picture": found,
         "real": charts.picture(outcome.neighbours, most_bytes) if outcome.neighbours else None,
         "closeness": _closeness(outcome.distances),

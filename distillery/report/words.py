@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from distillery import console
+
 NOTHING = "\u2013"
 
 
@@ -18,14 +20,8 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """Bytes in decimal units."""
-    if count is None:
-        return NOTHING
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    """Bytes in the units of everything else that Distillery prints."""
+    return NOTHING if count is None else console.size(count)
 
 
 def signed(points: float) -> str:
