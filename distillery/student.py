@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ def train(
     seed: int,
     compute: Compute,
     track: Track,
+    keep: Callable[[nn.Module], None] | None = None,
 ) -> Outcome:
     """Train one student and evaluate it.
 
@@ -87,6 +88,7 @@ def train(
         compute: device and precision.
         track: progress and checkpoints; a training that continues ends as if it had never stopped (bit for bit on CPU).
             The caller clears the checkpoint once the outcome is kept.
+        keep: receives the trained net.
 
     Raises:
         NonFiniteLoss: the training diverged.
@@ -110,6 +112,8 @@ def train(
             track.log(run.done, run.total, epoch=epoch, accuracy=round(acc, 4))
         if track.due() and run.done < run.total:
             run.save()
+    if keep:
+        keep(run.judged)
     last, best = run.curve[-1][1], max(run.full, key=lambda point: (point[1], -point[0]))
     views = recipe.epochs * len(synthetic.labels)
     return Outcome(last, best[1], int(best[0]), run.curve, per_class, views, predicted)

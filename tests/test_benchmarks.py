@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import recover
+from benchmarks import carry_over, recover
+from distillery import run
 from distillery.device import choose
 from distillery.errors import UserError
+from distillery.teacher import Card, Frozen
 
 CASES = ["sre2l:2x4", "dwa:2x4", "delt:2x6"]
 IPC = 3  # fewer than DELT's rounds, so that some rounds bring no new image
@@ -60,3 +64,44 @@ def test_recover_leaves_a_result(tmp_path: Path) -> None:
 def test_recover_refuses_other_cases(case: str) -> None:
     with pytest.raises(UserError, match=case):
         recover.Case.parse(case, IPC)
+
+
+DIGITS = """
+name: toy
+dataset: {name: digits, per_class: 10}
+teacher: {net: convnet2, net_options: {width: 8}, epochs: 1, batch: 50, flip: 0.0, lr: 0.05}
+methods:
+  - {method: random, ipc: [1, 2]}
+students:
+  - {net: convnet1, net_options: {width: 4}, recipe: {preset: fair-hard, epochs: 1}}
+"""
+
+
+def test_statistics_are_those_of_the_given_images() -> None:
+    card = Card("toy", {}, ["a", "b"], 2, [0.5] * 3, [0.5] * 3, 0.5, 0.5, [], [])
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    images = torch.full((600, 3, 4, 4), 255, dtype=torch.uint8)  # more than two batches; 1 after normalisation
+    images[::2] = 0  # -1
+    found = carry_over.with_statistics(net, Frozen(net, card, choose("cpu", "fp32")), images)
+    assert torch.equal(net[0].running_mean, torch.zeros(3)), "the net itself stays as it is"
+    assert torch.allclose(found[0].running_mean, torch.zeros(3), atol=1e-6)
+    assert torch.allclose(found[0].running_var, torch.ones(3), atol=2e-3)
+    assert not found.training
+
+
+def test_carry_over_leaves_a_result(tmp_path: Path) -> None:
+    assert run.run(DIGITS, str(tmp_path / "run")).failures == []
+    asked = ["--net", "convnet1", "--epochs", "2", "--images", "40", "--device", "cpu", "--ipc", "2"]
+    carry_over.main([str(tmp_path / "run"), *asked, "--out", str(tmp_path / "out")])
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["sets"]
+    assert (row["method"], row["ipc"], row["epochs"]) == ("random", 2, 2)
+    assert all(0 < row[way] < 1 for way in carry_over.WAYS)
+    assert f"| random | 2 | 0 | {100 * row['as trained']:.1f} |" in (tmp_path / "out" / "report.md").read_text()
+    for wrong, said in (
+        (["--methods", "cda"], "no set of cda"),
+        (["--net", "resnet20"], "option norm"),
+        (["--recipe", "fair-hard"], "soft"),
+    ):
+        with pytest.raises(UserError, match=said):
+            carry_over.main([str(tmp_path / "run"), *wrong, "--out", str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
