@@ -151,15 +151,15 @@ def validate(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> f
 
 def ours(task: Task, seed: int) -> Run:
     """The library's loop, with its validation timed apart."""
-    spent, measure = [0.0], student.accuracy
+    spent, measure, sample = [0.0], student.predictions, student.SAMPLE
 
-    def timed(*given: Any) -> Any:
+    def timed(*given: Any, **named: Any) -> Any:
         began = time.perf_counter()
-        found = measure(*given)
+        found = measure(*given, **named)
         spent[0] += time.perf_counter() - began
         return found
 
-    student.accuracy, student.SAMPLE = timed, len(task.val_labels)  # early points on all images, as the other loop
+    student.predictions, student.SAMPLE = timed, len(task.val_labels)  # early points on all images, as the other loop
     began = time.perf_counter()
     found = student.train(
         task.net,
@@ -173,7 +173,7 @@ def ours(task: Task, seed: int) -> Run:
         compute=task.compute,
         track=Track.quiet(),
     )
-    student.accuracy = measure
+    student.predictions, student.SAMPLE = measure, sample
     return Run(time.perf_counter() - began - spent[0], spent[0], found.acc_last)
 
 
@@ -238,7 +238,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run both loops, seed by seed in turn, and write the result folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the data set in torchvision's layout")
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the textbook DataLoader (kept between epochs)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of ours; the textbook loop is fp32")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     compute = choose(asked.device, asked.precision)
     runs: dict[str, list[Run]] = {"textbook": [], "ours": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import carry_over, recover
+from benchmarks import carry_over, recover, student_training
 from distillery import run
 from distillery.device import choose
 from distillery.errors import UserError
@@ -105,3 +105,13 @@ def test_carry_over_leaves_a_result(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             carry_over.main([str(tmp_path / "run"), *wrong, "--out", str(tmp_path / "no")])
     assert not (tmp_path / "no").exists()
+
+
+def test_student_training_leaves_a_result(tmp_path: Path) -> None:
+    asked = ["--dataset", "digits", "--root", "", "--net", "convnet1", "--ipc", "2", "--teacher-epochs", "1"]
+    asked += ["--epochs", "2", "--seeds", "1", "--val-every", "4", "--device", "cpu", "--precision", "fp32"]
+    student_training.main([*asked, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert all(found["seconds"][loop][part] > 0 for loop in ("ours", "textbook") for part in ("training", "validation"))
+    assert all(0 <= found["accuracy"][loop]["mean"] <= 1 for loop in ("ours", "textbook"))
+    assert "| textbook |" in (tmp_path / "README.md").read_text()
