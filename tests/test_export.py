@@ -242,6 +242,16 @@ def test_workers_forked_or_spawned_give_the_same_batches(made: Path, tmp_path: P
         del loader
 
 
+@pytest.mark.gpu
+def test_views_made_on_a_gpu_are_those_of_the_cpu(made: Path, tmp_path: Path) -> None:
+    export.export(str(made), str(tmp_path / "set"), Wanted(cell=CELL))
+    dataset = distillery.load(tmp_path / "set")
+    for (x_norm, target), (other, wanted) in zip(dataset.loader(device="cuda"), dataset.loader(), strict=True):
+        assert x_norm.device.type == "cuda"
+        assert torch.allclose(x_norm.cpu(), other, atol=1e-4)  # resampling is summed in another order
+        assert all(torch.allclose(a.cpu(), b, atol=1e-4) for a, b in zip(target, wanted, strict=True))
+
+
 def test_a_lightning_style_loop_trains(made: Path, tmp_path: Path) -> None:
     export.export(str(made), str(tmp_path / "set"), Wanted(cell=CELL))
     dataset = distillery.load(tmp_path / "set")
