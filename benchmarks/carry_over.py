@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import environment
-from benchmarks.diversity import Finished, finished, the_teacher
+from benchmarks.diversity import Finished, finished, line, the_teacher, views
 from distillery import labels, recipes, student
 from distillery.data import real, synthetic
 from distillery.data.augment import evaluation_view
@@ -54,8 +55,7 @@ def with_statistics(net: nn.Module, teacher: Frozen, images_u8: torch.Tensor) ->
             module.reset_running_stats()
             module.momentum = None  # a plain mean over the batches
     found.train()
-    for part in images_u8.split(BATCH):
-        view = evaluation_view(teacher.compute.images(part), teacher.size, teacher.mean, teacher.std)
+    for view in views(teacher, images_u8, BATCH):
         with torch.no_grad(), teacher.compute.autocast():
             found(view)
     return found.eval()
@@ -87,10 +87,7 @@ def students(one: Finished, images: Real, teacher: Frozen, net: str, recipe: str
     pixels, _ = images.pixels("train")
     picked = torch.randperm(len(pixels), generator=generator(seed, "carry_over"))[:real_images]
     adapted = with_statistics(trained[0], teacher, pixels[picked])
-
-    def view(part: torch.Tensor) -> torch.Tensor:
-        return evaluation_view(part, teacher.size, teacher.mean, teacher.std)
-
+    view = functools.partial(evaluation_view, size=teacher.size, mean=teacher.mean, std=teacher.std)
     row["real"] = accuracy(adapted, *validation, view, teacher.compute)[0]
     return row
 
@@ -125,7 +122,7 @@ def measure(
     rows = []
     for one in chosen:
         rows.append(students(one, images, teacher, net, recipe, epochs, real_images))
-        print(_line(_cells(rows[-1])), flush=True)
+        print(line(_cells(rows[-1])), flush=True)
     return rows
 
 
@@ -142,9 +139,9 @@ def report(rows: Sequence[Row], net: str, recipe: str, real_images: int) -> str:
             f"statistics of {real_images:,} real training images. Instance: InstanceNorm instead. The last two columns "
             "are points gained on the first.",
             "",
-            _line(head),
-            _line([":--", *["--:"] * (len(head) - 1)]),
-            *(_line(_cells(row)) for row in ordered),
+            line(head),
+            line([":--", *["--:"] * (len(head) - 1)]),
+            *(line(_cells(row)) for row in ordered),
             "",
         ]
     )
@@ -154,10 +151,6 @@ def _cells(row: Row) -> list[str]:
     gained = (row[way] - row["as trained"] for way in WAYS[1:])
     points = (*(f"{100 * row[way]:.1f}" for way in WAYS), *(f"{100 * value:+.1f}" for value in gained))
     return [row["method"], str(row["ipc"]), str(row["seed"]), *points]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -113,9 +113,9 @@ def features(teacher: Frozen, images_u8: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def views(judge: Frozen, images_u8: Tensor) -> Iterator[Tensor]:
+def views(judge: Frozen, images_u8: Tensor, batch: int = BATCH) -> Iterator[Tensor]:
     """The images as accuracy is measured on them, a batch at a time."""
-    for part in images_u8.split(BATCH):
+    for part in images_u8.split(batch):
         yield augment.evaluation_view(judge.compute.images(part), judge.size, judge.mean, judge.std)
 
 
@@ -337,7 +337,7 @@ def report(found: Row) -> str:
         own = [group for group in found["groups"] if group["data"] == data]
         machines = sorted({machine for group in own for machine in group["hardware"]})
         lines += [f"## {name} ({data[:16]})", "", f"Made on {'; '.join(machines)}.", ""]
-        lines += [_line(head), _line([":--", *["--:"] * (len(head) - 1)]), *(_shown(group, keys) for group in own), ""]
+        lines += [line(head), line([":--", *["--:"] * (len(head) - 1)]), *(_shown(group, keys) for group in own), ""]
     return "\n".join(lines)
 
 
@@ -346,7 +346,7 @@ def _judge(one: Row) -> str:
 
 
 def _shown(group: Row, judged: Sequence[str]) -> str:
-    return _line(
+    return line(
         [
             *(group["name"], str(group["ipc"]), str(group["sets"])),
             *(_number(group, key, "{:.4f}") for key in ("centroid", "pairwise")),
@@ -369,7 +369,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 

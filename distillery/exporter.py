@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from distillery.errors import DistilleryError, StoreError, UserError
-from distillery.history import FOLDER, History
+from distillery.history import History
 from distillery.history.record import Record
 from distillery.regress import entries
 from distillery.store import open_store
@@ -127,14 +127,13 @@ class Exporter(Collector):
         Raises:
             StoreError: it was there at the last look, and is not now.
         """
-        folder = _folder(open_store(self.place, PATIENCE).uri)
+        folder = _folder(self._history.uri)
         if folder is None:
             return
-        if self._was_there and not (folder / FOLDER).is_dir():
-            raise StoreError(
-                f"{folder / FOLDER} is gone: is its volume mounted? If you deleted it, restart the exporter"
-            )
-        self._was_there = (folder / FOLDER).is_dir()
+        there = folder.is_dir()
+        if self._was_there and not there:
+            raise StoreError(f"{folder} is gone: is its volume mounted? If you deleted it, restart the exporter")
+        self._was_there = there
 
     def _measure(self) -> None:
         """A folder's disk at every look; a bucket once an hour, and only if somebody said how much it may hold."""
