@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from _pictures import config, contents, folder, made, noise
@@ -120,7 +121,9 @@ def blocks(cache: Path) -> list[Path]:
 
 
 def size_of(cache: Path) -> int:
-    return sum(size for _, size, _ in _cache._entries(cache))
+    """Bytes at one moment: without the lock, what goes and what comes during the look would both count."""
+    with filelock.FileLock(cache / "used.lock"):
+        return sum(size for _, size, _ in _cache._entries(cache))
 
 
 def child(task: str, *arguments: object, **variables: str) -> subprocess.Popen[str]:
@@ -247,26 +250,21 @@ def test_a_small_cache_holds_its_limit_and_gives_the_same_images(
     limit = 3 * BLOCK  # a third of the set
     monkeypatch.setenv("DISTILLERY_CACHE_BYTES", str(limit))
     found = fetches(monkeypatch, real)
-    largest, over = [0], threading.Event()
+    sizes, take = [0], _cache._Room.take
 
-    def watch() -> None:
-        while not over.wait(0.001):
-            largest[0] = max(largest[0], size_of(cache))
+    def taken(room: _cache._Room, nbytes: int, part: Path | None) -> None:
+        take(room, nbytes, part)  # nothing else lets the cache grow
+        sizes.append(size_of(cache))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for cls in range(3):  # as a method reads, class by class
-            corners = torch.stack([image[:, 1, 1] for image in real.read("train", cls, [0, 5])])
-            assert torch.equal(corners, _corners(source, cls, [0, 5]))
-        for epoch in range(3):
-            order = real.order("train", torch.Generator().manual_seed(epoch))
-            for part, images in batches(real.images("train")[0], order.split(4)):
-                assert torch.equal(images, wanted[part])
-    finally:
-        over.set()
-        watcher.join()
-    assert limit / 2 < largest[0] <= limit
+    monkeypatch.setattr(_cache._Room, "take", taken)
+    for cls in range(3):  # as a method reads, class by class
+        corners = torch.stack([image[:, 1, 1] for image in real.read("train", cls, [0, 5])])
+        assert torch.equal(corners, _corners(source, cls, [0, 5]))
+    for epoch in range(3):
+        order = real.order("train", torch.Generator().manual_seed(epoch))
+        for part, images in batches(real.images("train")[0], order.split(4)):
+            assert torch.equal(images, wanted[part])
+    assert limit / 2 < max(sizes) <= limit
     assert not list(cache.rglob("*.part"))
     total = sum(record["bytes"] for record in real._splits["train"]._shards)
     assert total < sum(nbytes for _, _, nbytes in found) < 6 * total, "blocks were evicted and came again"
@@ -476,6 +474,28 @@ def test_unfinished_files_count_and_go_only_when_old(cache: Path, monkeypatch: p
         assert size_of(cache) <= 1000
     assert (cache / "shards" / "aa" / "young.part").exists()
     assert not (cache / "shards" / "aa" / "old.part").exists()
+
+
+def test_no_block_changes_its_name_while_somebody_counts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, written, go_on = Path.write_bytes, threading.Event(), threading.Event()
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        count = whole(path, data)
+        written.set()
+        assert go_on.wait(60)
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    reader = threading.Thread(target=entry, args=(Cache(), bytes(200)))
+    reader.start()
+    assert written.wait(60)
+    with filelock.FileLock(cache / "used.lock"):
+        seen = list(_cache._entries(cache))
+        go_on.set()
+        time.sleep(0.3)
+        assert [path.stat().st_size for _, _, path in seen] == [200]
+    reader.join()
+    assert [path.stat().st_size for path in blocks(cache)] == [200]
 
 
 def test_decoded_photos_make_room_and_are_evicted_as_shards_are(

@@ -73,6 +73,11 @@ class Cache:
         """Evict until so many bytes can be added; see `_Room.take`."""
         self._room.take(nbytes, None)
 
+    def finish(self, unfinished: Path, path: Path) -> None:
+        """Give a whole file its name, but not while somebody counts: neither name may be there at both their looks."""
+        with self._room.counting():
+            unfinished.replace(path)
+
     def _path(self, sha256: str) -> Path:
         return self._root / "shards" / sha256[:2] / sha256
 
@@ -96,7 +101,7 @@ class Cache:
             self._room.take(len(block), unfinished)
             unfinished.write_bytes(block)  # not flushed to the disk: after a power cut its hash tells
             stat = unfinished.stat()
-            unfinished.replace(path)
+            self.finish(unfinished, path)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -141,7 +146,7 @@ class _Room:
         """
         self.check(nbytes)
         self._root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self._root / "used.lock"):
+        with self.counting():
             used = self._counted()
             if used is None or used + nbytes > self._limit:
                 used = self._evict(nbytes)
@@ -149,6 +154,10 @@ class _Room:
             if part is not None:
                 with part.open("wb") as file:
                     file.truncate(nbytes)
+
+    def counting(self) -> filelock.BaseFileLock:
+        """The lock under which files are counted and evicted, and get their names."""
+        return filelock.FileLock(self._root / "used.lock")
 
     def check(self, nbytes: int) -> None:
         """Refuse what can never fit."""

@@ -96,7 +96,7 @@ class PhotoSplit:
                     touch(path, path.stat().st_mtime_ns)
                 else:
                     self._decode_to(path.with_suffix(".part"))
-                    path.with_suffix(".part").replace(path)
+                    Cache().finish(path.with_suffix(".part"), path)
         return path
 
     def _decode_to(self, part: Path) -> None:
