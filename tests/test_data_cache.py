@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -476,19 +477,30 @@ def test_unfinished_files_count_and_go_only_when_old(cache: Path, monkeypatch: p
     assert not (cache / "shards" / "aa" / "old.part").exists()
 
 
-def test_no_block_changes_its_name_while_somebody_counts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, written, go_on = Path.write_bytes, threading.Event(), threading.Event()
+def test_an_unfinished_block_counts_whole_and_keeps_its_name_while_somebody_counts(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else others see too little, and the cache grows beyond its limit."""
+    written, go_on, sizes = threading.Event(), threading.Event(), list[int]()
 
-    def write_bytes(path: Path, data: bytes) -> int:
-        count = whole(path, data)
+    class Slow(io.FileIO):
+        def write(self, data: Any) -> int:
+            sizes.append(size_of(cache))
+            return super().write(data)
+
+    def slowly(path: Path, block: bytes) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda path, mode: Slow(path, mode))
+            fill(path, block)
         written.set()
         assert go_on.wait(60)
-        return count
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    fill = _cache._fill
+    monkeypatch.setattr(_cache, "_fill", slowly)
     reader = threading.Thread(target=entry, args=(Cache(), bytes(200)))
     reader.start()
     assert written.wait(60)
+    assert sizes == [200]
     with filelock.FileLock(cache / "used.lock"):
         seen = list(_cache._entries(cache))
         go_on.set()
@@ -496,6 +508,45 @@ def test_no_block_changes_its_name_while_somebody_counts(cache: Path, monkeypatc
         assert [path.stat().st_size for _, _, path in seen] == [200]
     reader.join()
     assert [path.stat().st_size for path in blocks(cache)] == [200]
+
+
+def test_blocks_that_are_being_written_are_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_CACHE_BYTES", "1000")
+    fill, writing, go_on, sizes = _cache._fill, threading.Barrier(3), threading.Semaphore(0), list[int]()
+
+    def slowly(path: Path, block: bytes) -> None:
+        if block[0] < 2:
+            writing.wait(60)
+            assert go_on.acquire(timeout=60)
+        sizes.append(size_of(cache))
+        fill(path, block)
+
+    monkeypatch.setattr(_cache, "_fill", slowly)
+    readers = [threading.Thread(target=entry, args=(Cache(), bytes([i]) * 400)) for i in range(3)]
+    for reader in readers[:2]:
+        reader.start()
+    writing.wait(60)
+    readers[2].start()
+    time.sleep(0.3)
+    assert sizes == []
+    go_on.release()
+    readers[2].join(60)
+    assert len(sizes) == 2
+    go_on.release()
+    for reader in readers:
+        reader.join(60)
+    assert len(sizes) == 3
+    assert max(sizes) <= 1000
+    assert len(blocks(cache)) == 2
+
+
+def test_a_killed_writers_block_is_not_waited_for_long(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_CACHE_BYTES", "1000")
+    monkeypatch.setattr(_cache, "WRITING", 0.5)
+    (cache / "shards" / "aa").mkdir(parents=True)
+    (cache / "shards" / "aa" / "left.part").write_bytes(bytes(900))
+    entry(Cache(), bytes(200))
+    assert size_of(cache) == 1100
 
 
 def test_decoded_photos_make_room_and_are_evicted_as_shards_are(
@@ -524,10 +575,10 @@ def test_a_block_larger_than_the_cache_is_refused(cache: Path, monkeypatch: pyte
 
 
 def test_a_full_disk_says_which_setting_to_lower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> int:
+    def full(path: Path, block: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(_cache, "_fill", full)
     with pytest.raises(StoreError, match="disk of .* is full .*DISTILLERY_CACHE_BYTES; lower that"):
         entry(Cache(), bytes(200))
     assert size_of(cache) == 0

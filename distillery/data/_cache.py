@@ -24,6 +24,7 @@ from distillery.errors import CorruptArtifact, StoreError, UserError
 from distillery.files import FULL, OLD_PART, cache_root, disk
 
 LEVEL = 0.9  # of the limit, down to which one eviction goes
+WRITING = 10.0  # seconds that a block's unfinished file is waited for when only such files are left to evict
 STRIPES = 256  # locks for fetching: two processes seldom wait for each other's blocks
 
 
@@ -99,7 +100,7 @@ class Cache:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
             self._room.take(len(block), unfinished)
-            unfinished.write_bytes(block)  # not flushed to the disk: after a power cut its hash tells
+            _fill(unfinished, block)
             stat = unfinished.stat()
             self.finish(unfinished, path)
         except OSError as error:
@@ -146,14 +147,21 @@ class _Room:
         """
         self.check(nbytes)
         self._root.mkdir(parents=True, exist_ok=True)
+        while not self._taken(nbytes, part):
+            time.sleep(0.01)
+
+    def _taken(self, nbytes: int, part: Path | None) -> bool:
+        """Take room, or tell that there will be some when others have written their blocks."""
         with self.counting():
-            used = self._counted()
+            used, full = self._counted(), False
             if used is None or used + nbytes > self._limit:
-                used = self._evict(nbytes)
-            self._file.write_text(str(used + nbytes))
-            if part is not None:
-                with part.open("wb") as file:
-                    file.truncate(nbytes)
+                used, full = self._evict(nbytes)
+            if not full:
+                self._file.write_text(str(used + nbytes))
+                if part is not None:
+                    with part.open("wb") as file:
+                        file.truncate(nbytes)
+        return not full
 
     def counting(self) -> filelock.BaseFileLock:
         """The lock under which files are counted and evicted, and get their names."""
@@ -172,19 +180,36 @@ class _Room:
             return int(self._file.read_text()) if began else None
         return None
 
-    def _evict(self, nbytes: int) -> int:
-        """Bytes that are left after enough was evicted."""
-        files = sorted(_entries(self._root))
+    def _evict(self, nbytes: int) -> tuple[int, bool]:
+        """Bytes that are left after enough was evicted, and whether it is not enough for a moment.
+
+        Someone is writing an unfinished file, so it stays; but who was killed never ends, so nobody waits for long,
+        and photos take long to decode, so nobody waits for theirs. Rather than stop then, the cache grows too large.
+        """
+        files, now = sorted(_entries(self._root)), time.time_ns()
         total = sum(size for _, size, _ in files)
         if total + nbytes <= self._limit:
-            return total
+            return total, False
         for used, size, path in files:
             if total <= min(self._limit - nbytes, LEVEL * self._limit):
                 break
-            if path.suffix != ".part" or time.time_ns() - used > OLD_PART * 1e9:  # someone is writing a younger one
+            if path.suffix != ".part" or now - used > OLD_PART * 1e9:
                 path.unlink(missing_ok=True)
                 total -= size
-        return total
+        blocks = self._root / "shards"
+        writing = (
+            path.suffix == ".part" and now - used < WRITING * 1e9 for used, _, path in files if blocks in path.parents
+        )
+        return total, total + nbytes > self._limit and any(writing)
+
+
+def _fill(unfinished: Path, block: bytes) -> None:
+    """Write a file that already has its length, and has it all the while: somebody may count.
+
+    Nothing is flushed to the disk: after a power cut its hash tells.
+    """
+    with unfinished.open("r+b") as file:
+        file.write(block)
 
 
 def touch(file: int | Path, mtime_ns: int) -> None:
