@@ -16,6 +16,8 @@ Cost: seconds of the synthesis by the set's manifest, and the work that the meth
 one image going forth and back through a teacher once. Beside CDA with the same data, IPC and iterations stands the
 share of its image-steps and, where both ran on the same hardware, of its seconds: DELT's saving.
 
+Grain: how much of a set's contrast lies between neighbouring pixels (`grain`). White noise has 1.
+
 Recognised: the share of a set's images that the net which gives the features, and every net of `--also`, puts into
 their class. What only the teacher recognises is made for it alone; a net that had no part in the set tells.
 
@@ -53,12 +55,11 @@ REAL = "real images"
 DRAWS = 5
 BATCH = 256  # images per forward
 COLUMNS = (
-    *("method", "options", "ipc", "seed", "centroid", "pairwise", "recognised", "iterations", "forwards"),
-    "image_steps",
-    *("seconds", "hardware", "dataset", "set", "fingerprint"),
+    *("method", "options", "ipc", "seed", "centroid", "pairwise", "grain", "recognised", "iterations"),
+    *("forwards", "image_steps", "seconds", "hardware", "dataset", "set", "fingerprint"),
 )
 FEATURES, COSTS = (
-    ("method", "IPC", "sets", "centroid", "pairwise"),
+    ("method", "IPC", "sets", "centroid", "pairwise", "grain"),
     ("iterations", "image-steps", "seconds", "image-steps / CDA", "seconds / CDA"),
 )
 Row = dict[str, Any]
@@ -153,6 +154,18 @@ def measured(found: Tensor, labels: Tensor) -> Row:
     }
 
 
+def grain(images_u8: Tensor) -> float:
+    """Root mean square of differences between neighbouring pixels, over that of any two pixels of an image's channel.
+
+    0 for images of one colour, near 0 for smooth ones, 1 for white noise, more for a checkerboard; contrast and
+    brightness do not matter. The second mean is over distinct places drawn with replacement: twice the variance.
+    """
+    pixels = images_u8.double()
+    steps = (pixels.diff(dim=dim).square().mean() for dim in (2, 3))
+    apart = 2 * pixels.var((2, 3), correction=0).mean()
+    return float((sum(steps) / 2 / apart).sqrt()) if apart else 0.0
+
+
 def baseline(judges: Sequence[Frozen], images: Real, ipc: int, draws: int) -> list[Row]:
     """Random real training images, IPC of each class: a row for each draw, none where a class has too few images."""
     counts = images.counts("train")
@@ -174,8 +187,9 @@ def baseline(judges: Sequence[Frozen], images: Real, ipc: int, draws: int) -> li
 
 
 def seen(judges: Sequence[Frozen], images_u8: Tensor, labels: Tensor) -> Row:
-    """What the nets say of a set: the first gives the features, all of them recognise or not."""
-    return measured(features(judges[0], images_u8), labels) | recognised(judges, images_u8, labels)
+    """What the nets say of a set: the first gives the features, all of them recognise or not; and its grain."""
+    alike = measured(features(judges[0], images_u8), labels)
+    return alike | {"grain": grain(images_u8)} | recognised(judges, images_u8, labels)
 
 
 def one_set(judges: Sequence[Frozen], images: Real, one: Finished) -> Row:
@@ -309,7 +323,7 @@ def _group(own: Sequence[Row]) -> Row:
     first = own[0]
     kept = ("method", "options", "ipc", "dataset", "data", "iterations", "forwards", "image_steps")
     group = {key: first.get(key) for key in kept} | {"sets": len(own)}
-    for key in ("centroid", "pairwise", "seconds", *(key for key in first if key.startswith("recognised"))):
+    for key in ("centroid", "pairwise", "grain", "seconds", *(key for key in first if key.startswith("recognised"))):
         values = [row[key] for row in own if row.get(key) is not None]
         group[key] = statistics.fmean(values) if values else None
         group[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -326,7 +340,8 @@ def report(found: Row) -> str:
         "similarity to the class centroid and between pairs, mean over classes; lower is more diverse. Mean and sample "
         f"deviation over sets, of real images over {found['draws']} draws. Image-steps are images that go forth and "
         "back through a teacher, by the method's estimate; seconds are of the synthesis of a set. Shares are of CDA at "
-        "the same IPC and iterations, of seconds on the same hardware only. Recognised is the share of images that a "
+        "the same IPC and iterations, of seconds on the same hardware only. Grain is how much of the contrast lies "
+        "between neighbouring pixels: 1 for white noise. Recognised is the share of images that a "
         f"net puts into their class: {', '.join(_judge(one) for one in (teacher, *found['also']))}.",
         "",
     ]
@@ -350,7 +365,7 @@ def _shown(group: Row, judged: Sequence[str]) -> str:
         [
             *(group["name"], str(group["ipc"]), str(group["sets"])),
             *(_number(group, key, "{:.4f}") for key in ("centroid", "pairwise")),
-            *(_number(group, key, "{:.2f}") for key in judged),
+            *(_number(group, key, "{:.2f}") for key in ("grain", *judged)),
             *("-" if group[key] is None else f"{group[key]:,}" for key in ("iterations", "image_steps")),
             _number(group, "seconds", "{:.1f}"),
             *(_share(group.get(key)) for key in ("image_steps_of_cda", "seconds_of_cda")),

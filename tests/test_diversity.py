@@ -53,6 +53,20 @@ def test_pairwise_is_the_mean_over_all_pairs() -> None:
     assert diversity.likeness(features)[1] == pytest.approx(sum(cosines) / len(cosines))
 
 
+def test_grain_tells_noise_from_pictures() -> None:
+    noise = torch.randint(0, 256, (20, 3, 32, 32), generator=generator("grain"), dtype=torch.uint8)
+    slope = torch.arange(32, dtype=torch.uint8).expand(2, 3, 32, 32)
+    assert diversity.grain(noise) == pytest.approx(1.0, abs=0.02)
+    assert diversity.grain(noise // 4 + 100) == pytest.approx(1.0, abs=0.02), "of contrast and brightness alike"
+    # Half of the neighbours differ by 1, and the variance of 0 ... 31 is (32^2 - 1) / 12.
+    assert diversity.grain(slope) == pytest.approx((0.5 / (2 * (32**2 - 1) / 12)) ** 0.5)
+    assert diversity.grain(slope.mT) == pytest.approx(diversity.grain(slope))
+    assert diversity.grain(torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)) == 0.0
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    board = ((rows + columns) % 2 * 255).to(torch.uint8).expand(1, 3, 8, 8)
+    assert diversity.grain(board) == pytest.approx(2**0.5)
+
+
 def test_the_order_of_images_does_not_matter_but_their_classes_do() -> None:
     features = torch.randn(12, 6, generator=generator("order"), dtype=torch.float64)
     labels = torch.arange(3).repeat_interleave(4)
