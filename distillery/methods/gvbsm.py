@@ -2,12 +2,13 @@
 
 Paper: Shao et al., Generalized Large-Scale Data Condensation via Various Backbone and Statistical Matching, CVPR 2024
 (arXiv 2311.17950).
-Implements: the recover stage. One teacher an iteration, in turn; groups of whole classes from N(0, 1); views are padded
-crops (random resized crops of photos), flips and rolls. Loss: CE + r_loss * sum_j w_j R_j + nuc_norm * DD over all
-BatchNorm2d and Conv2d layers j in module order, w_0 = first_multiplier, other w_j = 1. R_j of a BatchNorm: SRe2L's. R_j
-of a convolution: mean and variance of its input per channel and per patch position (p x p pixels, all channels)
-against their averages over the training set; left out with probability `drop_rate`. What is compared is a running
-average of the statistics, what is differentiated the batch's own. DD (data densification) is `densification`.
+Implements: the recover stage. One teacher an iteration, in turn; groups of whole classes from N(0, 1), or from random
+real images (`init: real`, which the authors' EDC, NeurIPS 2024, does); views are padded crops (random resized crops of
+photos), flips and rolls. Loss: CE + r_loss * sum_j w_j R_j + nuc_norm * DD over all BatchNorm2d and Conv2d layers j in
+module order, w_0 = first_multiplier, other w_j = 1. R_j of a BatchNorm: SRe2L's. R_j of a convolution: mean and
+variance of its input per channel and per patch position (p x p pixels, all channels) against their averages over the
+training set; left out with probability `drop_rate`. What is compared is a running average of the statistics, what is
+differentiated the batch's own. DD (data densification) is `densification`.
 Code: shaoshitong/G_VBSM_Dataset_Condensation@1ed80b0, Branch_*/recover.
 Differs: (1) a running average starts at its first value, as the code means to; `ema_from_zero` starts it at 0, as the
 code does. The code also carries averages over from one group to the next; that is not offered, groups are independent
@@ -21,9 +22,9 @@ give 63.0 / 80.5 in the repository's issue 5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +34,7 @@ from torch.nn import functional
 from distillery.config import Count, Fraction, Options, Positive, Weight, Whole
 from distillery.data.synthetic import Synthetic
 from distillery.errors import UserError
-from distillery.methods import _recover
+from distillery.methods import _recover, _selection
 from distillery.methods._contract import Group, Needs, Teacher
 from distillery.methods._matching import MomentTap, Tap
 from distillery.methods._recover import Seen
@@ -53,6 +54,9 @@ class Config(Options):
     """Options under the names of the official code; the defaults are those of ImageNet-1K."""
 
     iterations: Count = Field(4000, description="optimisation steps of each image (paper: 4000)")
+    init: Literal["noise", "real"] = Field(
+        "noise", description="first images: noise, or random real ones (paper: noise; its successor EDC: real)"
+    )
     lr: Positive = Field(0.05, description="Adam's learning rate on normalised pixels (paper: 0.05; ImageNet also 0.1)")
     r_loss: Weight = Field(0.01, description="weight of the statistics of all layers (paper: 0.01)")
     first_multiplier: Weight = Field(10.0, description="times the weight at the first layer (paper: 10)")
@@ -88,7 +92,13 @@ def groups(cfg: Config, *, ipc: int, classes: int) -> list[Group]:
 
 
 def check(cfg: Config, *, ipc: int, size: int, per_class: list[int] | None) -> None:
-    """Nothing depends on the number of real images: images come from noise."""
+    """Each image that starts as a real one needs its own.
+
+    Raises:
+        UserError: a class has fewer images than `ipc`.
+    """
+    if cfg.init == "real":
+        _selection.check_enough("gvbsm", ipc, per_class)
 
 
 def estimate(cfg: Config, *, ipc: int, classes: int, size: int, train: int = 0) -> dict[str, int]:
@@ -108,6 +118,11 @@ def synthesize(
     policy = view_policy(real)
     smallest = curriculum(cfg.iterations, "constant")
 
+    def first() -> Callable[[Group], Tensor]:
+        if cfg.init == "noise":
+            return _recover.noise("gvbsm", seed, real.size)
+        return _recover.given(_selection.random_images("gvbsm", real, _recover.classes_in(part), ipc, seed), teacher)
+
     def densified(seen: Seen) -> Tensor:
         classes = seen.views.unflatten(1, (-1, seen.slots))
         each = densification(classes.flatten(0, 1), cfg.tau).view(classes.shape[:2])
@@ -118,7 +133,7 @@ def synthesize(
         iterations=cfg.iterations,
         lr=cfg.lr,
         law=ViewLaw(policy.crop, smallest, cfg.flip, cfg.jitter, policy.crop_pad),
-        init=_recover.noise("gvbsm", seed, real.size),
+        init=first(),
         taps=lambda member, _groups: (layer_taps(cfg, member, seed), 1),
         norms=False,
         terms={"data densification": densified} if cfg.nuc_norm else {},

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from distillery import statistics
 from distillery.errors import UserError
-from distillery.methods import Group, _matching, _packs, _recover, _views, gvbsm
+from distillery.methods import Group, _matching, _packs, _recover, _selection, _views, gvbsm
 from distillery.methods.gvbsm import Config, PatchTap
 from distillery.rng import generator
 from distillery.track import Track
@@ -273,8 +273,12 @@ LOUD = Config(
 
 def transcribed(cfg: Config, teacher: Double, group: Group, seed: int) -> Tensor:
     """Images of one group [c, s, 3, S, S] uint8: plain autograd, one thing after the other."""
-    x = _recover.noise("gvbsm", seed, 8)(group).double().flatten(0, 1).requires_grad_()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    x = _recover.noise("gvbsm", seed, 8)(group).double().flatten(0, 1)
+    if cfg.init == "real":
+        drawn = _selection.random_images("gvbsm", toy_pixels(), group.classes, len(group.slots), seed)
+        x = (torch.cat([drawn[cls] for cls in group.classes]).double() / 255 - mean) / std
+    x.requires_grad_()
     law = _views.ViewLaw("pad", torch.full((cfg.iterations,), 0.08), cfg.flip, cfg.jitter, 4)
     views = _views.draw(law, cfg.iterations, 8, generator(seed, "gvbsm", "views", group.name))
     targets = torch.tensor(group.classes).repeat_interleave(len(group.slots))
@@ -332,12 +336,33 @@ def recovered(cfg: Config, teacher: Double, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
-def test_the_loop_is_that_of_the_definition(iterations: int, from_zero: bool) -> None:
-    cfg = LOUD.model_copy(update={"ema_from_zero": from_zero, "iterations": iterations})
+@pytest.mark.parametrize("init", ["noise", "real"])
+def test_the_loop_is_that_of_the_definition(iterations: int, from_zero: bool, init: str) -> None:
+    cfg = LOUD.model_copy(update={"ema_from_zero": from_zero, "iterations": iterations, "init": init})
     made = gvbsm.groups(cfg, ipc=3, classes=4)
     assert [group.classes for group in made] == [(0, 1), (2, 3)]
     wanted = torch.cat([transcribed(cfg, backbones(), group, 3) for group in made])
     assert torch.equal(recovered(cfg, backbones()), wanted)
+
+
+def test_real_first_images_are_of_their_classes_and_drawn_once() -> None:
+    still, real = LOUD.model_copy(update={"init": "real", "lr": 1e-9}), toy_pixels()
+    pixels, labels = real.pixels("train")
+    found = recovered(still, backbones())
+    for cls, images in enumerate(found):
+        rows = [int((pixels == image).flatten(1).all(1).nonzero()) for image in images]
+        assert len(set(rows)) == 3
+        assert labels[rows].tolist() == [cls] * 3
+    assert not torch.equal(found, recovered(still, backbones(), seed=4))
+    last = gvbsm.groups(still, ipc=3, classes=4)[1:]
+    alone = gvbsm.synthesize(still, real, backbones(), ipc=3, seed=3, part=last, track=Track.quiet())
+    assert torch.equal(alone.images_u8, found[2:].flatten(0, 1))
+
+
+def test_real_first_images_need_enough_of_them() -> None:
+    gvbsm.check(LOUD, ipc=21, size=8, per_class=[40, 20])
+    with pytest.raises(UserError, match=r"gvbsm.*ipc 21.* 20 .*training images of class 1"):
+        gvbsm.check(LOUD.model_copy(update={"init": "real"}), ipc=21, size=8, per_class=[40, 20])
 
 
 @pytest.mark.parametrize(
