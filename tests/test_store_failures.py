@@ -264,7 +264,6 @@ def test_an_upload_the_server_forgot_starts_again(nobody: str, tmp_path: Path) -
 def test_a_failing_transfer_ends_the_waiting_of_its_own_pieces_only() -> None:
     """Three pieces wait for a server: one of another transfer, one of the failing, one of a piece of the failing."""
     with ThreadPoolExecutor(8) as pool:
-
         answered = threading.Event()
 
         def nested(_: int) -> bool:
