@@ -63,7 +63,7 @@ def test_nobody_there_is_said_within_the_patience(kfp: FakeKfp) -> None:
     began = time.monotonic()
     with pytest.raises(Unreachable, match=f"{kfp.endpoint}.*port-forward"):
         to.run("x")
-    assert 0.3 < time.monotonic() - began < 5
+    assert 0.3 < time.monotonic() - began < 20
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
