@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import urllib3
 from _artifacts import FILES, child, make, raises_quickly
 from _servers import free_port
 
@@ -211,7 +213,24 @@ def test_what_cannot_pass_is_not_asked_again(nobody: str, answer: Answer, kind: 
 
 def test_the_last_cause_is_shown(nobody: str) -> None:
     with scripted(nobody, [refusal(503, "SlowDown")]):
-        raises_quickly(lambda: open_store("s3://bucket/x").write("x", b""), StoreError, "HTTP 503 SlowDown")
+        act = lambda: open_store("s3://bucket/x", patience=3).write("x", b"")  # noqa: E731 - it is timed
+        raises_quickly(act, StoreError, "HTTP 503 SlowDown")
+
+
+def test_a_last_try_that_was_cut_short_is_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[float] = []
+
+    def urlopen(self: urllib3.PoolManager, method: str, url: str, **options: Any) -> urllib3.HTTPResponse:
+        tries.append(options["timeout"].read_timeout)
+        if len(tries) == 1:
+            time.sleep(0.6)  # less than half the patience is left
+            return urllib3.HTTPResponse(b"<Code>SlowDown</Code>", status=503)
+        time.sleep(tries[-1])
+        raise urllib3.exceptions.ReadTimeoutError(urllib3.HTTPConnectionPool("x"), url, "Read timed out.")
+
+    monkeypatch.setattr(urllib3.PoolManager, "urlopen", urlopen)
+    with pytest.raises(_patience.GaveUp, match="HTTP 503 SlowDown"):
+        _patience.PatientPool(1.0).urlopen("GET", "http://x/")
 
 
 CUT: Answer = (200, {"ETag": '"1"', "Content-Length": str(2 * MIB)}, bytes(MIB + 3))
