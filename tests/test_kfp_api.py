@@ -77,7 +77,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_passes_is_repeated(kfp: FakeKfp) -> None:
-    to = client(kfp)
+    to = client(kfp, patience=30)
     run = to.create_run(body(to))
     kfp.fault("503", "GET", times=2)
     kfp.fault("drop", "GET", times=1)

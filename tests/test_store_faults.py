@@ -528,10 +528,10 @@ def test_tls_of_a_private_authority_and_both_styles_of_address(tmp_path: Path, m
 
 
 def pool(ca: Path) -> Any:
-    """urllib3's, trusting that authority."""
+    """urllib3's, trusting that authority, and patient: the server answers before it is ready."""
     import urllib3
 
-    return urllib3.PoolManager(ca_certs=str(ca))
+    return urllib3.PoolManager(ca_certs=str(ca), retries=urllib3.Retry(9, backoff_factor=0.2, status_forcelist=[503]))
 
 
 @contextmanager
