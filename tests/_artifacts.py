@@ -39,7 +39,7 @@ def child(code: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def raises_quickly(act: Callable[[], object], kind: type[DistilleryError], *words: str, seconds: float = 8) -> None:
+def raises_quickly(act: Callable[[], object], kind: type[DistilleryError], *words: str, seconds: float = 20) -> None:
     """Assert that `act` fails with one clear error and without long retries."""
     start = time.monotonic()
     with pytest.raises(kind) as caught:

@@ -28,14 +28,23 @@ class Line:
     passed: int = field(default=0, init=False)  # bytes so far, both ways
     faults: int = field(default=0, init=False)  # connections ended so far
     connections: int = field(default=0, init=False)
+    _counting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def fault(self) -> bool:
         """Whether one more fault is wanted; counts it."""
-        if self.left == 0:
-            return False
-        self.left -= 1
-        self.faults += 1
-        return True
+        with self._counting:
+            if self.left == 0:
+                return False
+            self.left -= 1
+            self.faults += 1
+            return True
+
+    def passes(self, nbytes: int) -> float:
+        """Count bytes that are passed on; the seconds that takes."""
+        with self._counting:
+            self.passed += nbytes
+        bandwidth = self.bandwidth  # may be changed at any moment
+        return self.latency + (nbytes / bandwidth if bandwidth else 0.0)
 
 
 @contextmanager
@@ -88,14 +97,14 @@ def _pump(client: socket.socket, server: socket.socket, line: Line, stop: thread
                     return None
                 if 0 <= line.silent_after <= line.passed:
                     continue
-                line.passed += len(data)
+                seconds = line.passes(len(data))
                 swallowing |= bool(line.swallow) and source is client and line.swallow in data
                 if swallowing and source is server and line.fault():
                     return _reset(client)
                 up, down = (up + len(data), down) if source is client else (up, down + len(data))
                 if line.reset_after and up + down > line.reset_after and line.fault():
                     return _reset(client)
-                time.sleep(line.latency + (len(data) / line.bandwidth if line.bandwidth else 0))
+                time.sleep(seconds)
                 key.data.sendall(data)
                 if line.close_after and down > line.close_after and line.fault():
                     return None

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -242,7 +241,8 @@ class FakeKube:
         if reason:
             self.states(status, {name: {"waiting": {"reason": reason, "message": message}} for name in names})
             return
-        time.sleep(plant.slow)
+        if self._stop.wait(plant.slow):
+            return
         ends: dict[str, Object] = {name: {"running": {}} for name in names}
         self.states(status, ends)
         for container in pod["spec"]["containers"]:

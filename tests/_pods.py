@@ -81,8 +81,13 @@ class Cluster:
         """Where a job's artifact lies."""
         return self.folder / name
 
-    def run(self, job: Job, kill_after: int = -1) -> bool:
+    def run(self, job: Job, kill_after: int = -1, kept: Callable[[], bool] = lambda: True) -> bool:
         """One pod of a job; with `kill_after` it is lost after so much progress (or its end), with all that it wrote.
+
+        Args:
+            job: which.
+            kill_after: lines of progress.
+            kept: it is not lost before this is so either.
 
         Returns:
             Whether its artifact arrived.
@@ -95,7 +100,7 @@ class Cluster:
         (pod / "job.json").write_text(json.dumps(said))
         pid = self._tell(str(pod / "job.json"))
         if kill_after >= 0:
-            while _is_alive(pid) and len(records(log)) < kill_after:
+            while _is_alive(pid) and (len(records(log)) < kill_after or not kept()):
                 time.sleep(0.01)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -132,6 +137,9 @@ def lost(before: list[Record], after: list[Record], killed: float) -> tuple[floa
     if not after:  # nothing was left to do
         return 0.0, worked
     _, name, done = after[0]
+    told = [count for _, part, count in before if part == name]
+    if told and done > max(told):  # it had kept all that it had told
+        return 0.0, worked
     reached = [when for when, part, count in before if part == name and count >= done]
     return (killed - reached[0] if reached else worked), worked
 

@@ -9,12 +9,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from minio import Minio
+from minio.error import MinioException
+from urllib3.exceptions import HTTPError
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTING = 60.0  # seconds a server may take to answer
@@ -79,10 +82,26 @@ class Server:
         """Start it and wait until it answers."""
         self.process = spawn(self.command, self.variables, self.log)
         wait_for(self.endpoint, self.process, self.log)
+        self._wait_for_keys()
 
     def make_bucket(self, name: str) -> None:
         """Create an empty bucket."""
-        Minio(self.endpoint.removeprefix("http://"), self.access, self.secret, secure=False).make_bucket(name)
+        self._client().make_bucket(name)
+
+    def _client(self) -> Minio:
+        return Minio(self.endpoint.removeprefix("http://"), self.access, self.secret, secure=False)
+
+    def _wait_for_keys(self) -> None:
+        """Wait until it knows its keys: MinIO refuses strangers earlier than it serves its users."""
+        until = time.monotonic() + STARTING
+        while True:
+            try:
+                self._client().bucket_exists(f"no-{uuid.uuid4().hex}")
+                return
+            except (MinioException, HTTPError):
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -125,7 +144,7 @@ def minio(folder: Path) -> Server:
 def swift(folder: Path) -> Server:
     """Swift with one device: account, container and object servers and a proxy that speaks S3, in one process."""
     (folder / "swift.conf").write_text(SWIFT_CONF)
-    ports = [free_port() for _ in range(4)]
+    ports = free_ports(len(BACKENDS) + 1)
     for name in BACKENDS:
         text = COMMON_CONF.format(folder=folder, pipeline=f"{name}-server")
         (folder / f"{name}.conf").write_text(f"{text}[app:{name}-server]\nuse = egg:swift#{name}\n")
@@ -186,11 +205,18 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise TimeoutError(f"{url} did not answer: {log.read_text()[-2000:]}")
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody uses just now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def free_port() -> int:
     """A port nobody uses just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 if __name__ == "__main__":

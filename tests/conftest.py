@@ -22,9 +22,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402 - the environment comes first
 import torch  # noqa: E402 - the environment comes first
+from hypothesis import HealthCheck, settings  # noqa: E402 - the environment comes first
 
 # More threads than cores cost time, and the order of additions (so the last bit) depends on their number.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# Not every machine has time just when an example runs.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

@@ -383,6 +383,7 @@ def test_wrong_keys_and_missing_buckets_are_the_users_mistake(
 ) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("DISTILLERY_STORE_TIMEOUT", "60")  # somebody answers, in his time
     with scripted(endpoint, [refusal(status, answer)]):
         refused(cli("run", written(tmp_path), "--out", "s3://bucket/x"), 2, *words)
         refused(cli("check", of_folder(tmp_path, "s3://bucket/x")), 2, *words)

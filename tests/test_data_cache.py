@@ -248,6 +248,7 @@ def test_a_small_cache_holds_its_limit_and_gives_the_same_images(
     for module in (data_images, _photos):  # as a large set
         monkeypatch.setattr(module, "WHOLE", 20)
         monkeypatch.setattr(module, "REACH", 4)
+    monkeypatch.setattr(_cache, "WRITING", 60.0)  # seconds: a writer that is slow is not dead
     limit = 3 * BLOCK  # a third of the set
     monkeypatch.setenv("DISTILLERY_CACHE_BYTES", str(limit))
     found = fetches(monkeypatch, real)
@@ -512,6 +513,7 @@ def test_an_unfinished_block_counts_whole_and_keeps_its_name_while_somebody_coun
 
 def test_blocks_that_are_being_written_are_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILLERY_CACHE_BYTES", "1000")
+    monkeypatch.setattr(_cache, "WRITING", 60.0)
     fill, writing, go_on, sizes = _cache._fill, threading.Barrier(3), threading.Semaphore(0), list[int]()
 
     def slowly(path: Path, block: bytes) -> None:

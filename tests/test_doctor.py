@@ -351,8 +351,8 @@ def test_a_container_that_cannot_be_made(world: World) -> None:
 
 
 def test_an_image_that_takes_long(world: World) -> None:
-    world.kube.plant.slow = 5
-    assert "--pod-timeout" in world.fault("pod", "--pod-timeout", "1")
+    world.kube.plant.slow = 600
+    assert "--pod-timeout" in world.fault("pod", "--pod-timeout", "2")
 
 
 def test_service_account_is_missing(world: World) -> None:

@@ -175,7 +175,6 @@ def test_a_run_that_is_deleted_is_no_longer_shown(tmp_path: Path) -> None:
 
 def test_a_store_that_is_down_leaves_the_last_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with running(available()[-1], tmp_path / "server") as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting, "PATIENCE", 1.0)
         for name, value in server.environment().items():
             patch.setenv(name, value)
         server.make_bucket("runs")
@@ -189,12 +188,14 @@ def test_a_store_that_is_down_leaves_the_last_values(tmp_path: Path, capfd: pyte
         before = scrape(exporter)
         assert one(before["store_used_bytes"]) == path.stat().st_size and one(before["store_capacity_bytes"]) == 1e6
         server.kill()
+        exporter._history._store._http.patience = 1.0  # seconds: it stays away; one that is there may take its time
         assert not exporter.look() and not exporter.look()
         down = scrape(exporter)
         assert one(down["store_up"]) == 0
         assert down["accuracy_last"] == before["accuracy_last"]
         assert one(down["refresh_timestamp_seconds"]) == one(before["refresh_timestamp_seconds"])
         server.start()
+        exporter._history._store._http.patience = exporting.PATIENCE
         assert exporter.look()
         assert one(scrape(exporter)["store_up"]) == 1
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")

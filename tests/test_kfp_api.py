@@ -63,7 +63,7 @@ def test_nobody_there_is_said_within_the_patience(kfp: FakeKfp) -> None:
     began = time.monotonic()
     with pytest.raises(Unreachable, match=f"{kfp.endpoint}.*port-forward"):
         to.run("x")
-    assert 0.3 < time.monotonic() - began < 5
+    assert 0.3 < time.monotonic() - began < 20
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_passes_is_repeated(kfp: FakeKfp) -> None:
-    to = client(kfp)
+    to = client(kfp, patience=30)
     run = to.create_run(body(to))
     kfp.fault("503", "GET", times=2)
     kfp.fault("drop", "GET", times=1)

@@ -290,9 +290,15 @@ def test_kept_and_failed_steps_are_shown_as_such(tmp_path: Path, monkeypatch: py
 def test_interrupting_the_demo_ends_its_steps(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import subprocess, sys
+        from pathlib import Path
         from pipelines import demo, local_run
+        follow = demo.follow
+        def following(child, events):
+            Path({str(tmp_path / "watched")!r}).touch()
+            return follow(child, events)
+        demo.follow = following
         def start(package, out, parameters, events, log):
-            inner = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+            inner = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(100)"
             return subprocess.Popen(["sh", "-c", f'"{{sys.executable}}" -c "{{inner}}"; true'], start_new_session=True)
         local_run.start = start
         demo.main(["--out", {str(tmp_path / "out")!r}])
@@ -301,12 +307,12 @@ def test_interrupting_the_demo_ends_its_steps(tmp_path: Path) -> None:
     quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-c", script], env=path, **quiet)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text() and (tmp_path / "watched").exists()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0
-    step = int((tmp_path / "pid").read_text())
+    step, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 50  # by itself it would end later
     while alive(step):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -87,6 +87,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def started(out: Path, text: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run in another process, which does not outlive the block."""
     env = os.environ | {"DISTILLERY_CHECKPOINT_SECONDS": "0.05", "DISTILLERY_LOG": "quiet"}
+    env["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the bits of sums depend on it
     command = [sys.executable, "-m", "distillery", "run", str(text), "--out", str(out)]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:

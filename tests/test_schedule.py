@@ -28,6 +28,23 @@ WITH_SCHEDULE["root"]["inputDefinitions"]["parameters"]["schedule"] = {"paramete
 CREATE = "POST /apis/v2beta1/recurringruns$"
 
 
+NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
+
+
+class Noon(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return NOON
+
+
+@pytest.fixture(autouse=True)
+def noon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No schedule is exchanged near three or four o'clock, when those here fire: that would have to wait."""
+    monkeypatch.setattr(schedule_apply, "datetime", Noon)
+
+
 @pytest.fixture
 def kfp() -> Iterator[FakeKfp]:
     """A server."""
@@ -473,12 +490,11 @@ def test_nothing_is_exchanged_while_it_fires(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(schedule_apply.time, "sleep", slept.append)
-    soon = datetime.now(UTC) + timedelta(seconds=5)
-    assert apply(kfp, write(folder, {"cron": f"{soon.second} {soon.minute} {soon.hour} * * *"})) == 0
+    assert apply(kfp, write(folder, {"cron": "5 0 12 * * *"})) == 0
     assert not slept  # there was nothing to exchange
     assert apply(kfp, write(folder, {"cron": "0 0 0 1 1 *"})) == 0
     assert "waiting until that is over" in capsys.readouterr().out
-    assert 10 < slept[0] <= 15
+    assert slept == [5 + schedule_apply.GUARD]
     assert apply(kfp, write(folder, {"cron": "*/5 * * * * *"})) == 0
     assert apply(kfp, write(folder, {"cron": "*/7 * * * * *"})) == 0
     assert len(slept) == 1  # there is no quiet moment

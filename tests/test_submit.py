@@ -314,7 +314,7 @@ def test_of_two_at_the_same_moment_one_stays(kfp: FakeKfp, monkeypatch: pytest.M
         create = client.create_run
 
         def late(given: Any) -> Run:
-            both.wait(10)  # neither has seen the other
+            both.wait(60)  # neither has seen the other
             return create(given)
 
         client.create_run = late  # type: ignore[method-assign]
@@ -325,7 +325,7 @@ def test_of_two_at_the_same_moment_one_stays(kfp: FakeKfp, monkeypatch: pytest.M
     for each in threads:
         each.start()
     for each in threads:
-        each.join(30)
+        each.join(60)
     assert {run for run, _ in found} == set(kfp.runs)
     assert len(kfp.runs) == 1
     assert sorted(fresh for _, fresh in found) == [False, True]
@@ -387,14 +387,24 @@ def test_a_run_that_vanishes_is_said(kfp: FakeKfp, tiny: str, capsys: pytest.Cap
     assert "was there and is gone" in capsys.readouterr().err
 
 
-def test_an_api_that_restarts_is_waited_for(kfp: FakeKfp, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kfp.steps = [Act("plan", polls=30)]
+def test_an_api_that_restarts_is_waited_for(
+    kfp: FakeKfp, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.steps = [Act("plan", polls=10**6)]
+    told, once = threading.Event(), follow.Follower._once
+
+    def noted(self: follow.Follower, what: str, line: str, key: str = "") -> None:
+        once(self, what, line, key)
+        if what == "api":
+            told.set()
 
     def restart() -> None:
         kfp.stop()
-        time.sleep(1.5)  # longer than the patience of one request
+        told.wait(60)  # longer than the patience of one request
         kfp.start()
+        kfp.steps[0].polls = 1
 
+    monkeypatch.setattr(follow.Follower, "_once", noted)
     once_running(kfp, restart)
     assert submit(kfp, tiny, "--wait") == 0
     said = capsys.readouterr().out

@@ -94,7 +94,6 @@ class Objects(Protocol):
 
     def peek(self, key: str) -> Seen | None: ...
     def claim(self, key: str, data: bytes, replaces: str) -> bool: ...
-    def write(self, key: str, data: bytes) -> None: ...
     def delete(self, key: str) -> None: ...
 
 
@@ -149,7 +148,7 @@ def _beat(objects: Objects, key: str, what: str, mine: Holder, done: threading.E
                 log.error("lost the lock %s to %s: this process was silent for too long", what, seen.data.decode())
                 return
             mine = replace(mine, beats=mine.beats + 1)
-            objects.write(key, mine.json())
+            objects.claim(key, mine.json(), seen.etag if seen else "")  # never over who took it since that look
         except DistilleryError as error:
             log.warning("the lock %s could not be renewed: %s", what, error)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, TimeoutError
 
 from distillery.store import _crew
 
@@ -77,21 +77,22 @@ class PatientPool(urllib3.PoolManager):
             GaveUp: still no answer. Untrusted: a certificate problem.
         """
         body = options.pop("body", None)
-        heard, pause, first = _heard.get() or time.monotonic(), FIRST_PAUSE, True
+        heard, pause, first, cause = _heard.get() or time.monotonic(), FIRST_PAUSE, True, ""
         while True:
             # A stream is sent in blocks, each with its own timeout, so a slow line is not taken for a dead one.
             stream = _Noted(body) if body else body
-            limits = self._limits(heard + self.patience - time.monotonic())
+            left = heard + self.patience - time.monotonic()
             try:
                 answer = super().urlopen(
-                    method, url, redirect=False, retries=False, body=stream, timeout=limits, **options
+                    method, url, redirect=False, retries=False, body=stream, timeout=self._limits(left), **options
                 )
                 cause = _complaint(answer)
                 if not cause:
                     self._gave_up = -HOPELESS
                     return answer
             except HTTPError as error:
-                cause = _reason(error)
+                hurried = isinstance(error, TimeoutError) and left < self.patience / 2  # the server had little time
+                cause = cause if cause and hurried else _reason(error)
             if first and isinstance(stream, _Noted):
                 heard = max(heard, stream.asked)  # later tries may fill a buffer that nobody empties
             first = False
