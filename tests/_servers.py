@@ -20,7 +20,7 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTING = 60.0  # seconds a server may take to answer
+STARTING = 180.0  # seconds a server may take to answer
 
 SWIFT_CONF = """[swift-hash]
 swift_hash_path_suffix = tests

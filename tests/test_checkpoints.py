@@ -65,7 +65,7 @@ def step_of(track: Track) -> int:
     return -1 if kept is None else int(kept[1]["step"])
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds
     while not true():

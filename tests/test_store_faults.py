@@ -59,7 +59,7 @@ swift_slowly = pytest.mark.parametrize("server", [MINIO, SWIFT], indirect=True)
 
 def use(server: Server, monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
     """Point the environment to a server; `others` replace variables."""
-    for name, value in (server.environment() | {"DISTILLERY_STORE_TIMEOUT": "30"} | others).items():
+    for name, value in (server.environment() | {"DISTILLERY_STORE_TIMEOUT": "100"} | others).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(_patience, "LONGEST_PAUSE", 0.5)
 
@@ -454,7 +454,7 @@ def test_a_full_disk_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raises_quickly(act, StoreError, server.endpoint, "'x/big'", "full", "free space")
             no_half(store, "x", tmp_path / "b")
             resize(400)
-            monkeypatch.setenv("DISTILLERY_STORE_TIMEOUT", "30")
+            monkeypatch.setenv("DISTILLERY_STORE_TIMEOUT", "100")
             server.kill()
             server.start()
             store = open_store(store.uri)
