@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import ssl
 import subprocess
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from _manifests import ROOT, kubectl
+from _servers import free_ports
 
 BINARIES = ROOT / ".tools" / "bin"
 DEFINITIONS = ROOT / ".tools" / "crds"
@@ -106,15 +106,6 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             stack.callback(stop, process)
         wait(f"{server}/readyz", process, folder / "kube-apiserver.log")
         yield Cluster(kubeconfig)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
