@@ -158,7 +158,7 @@ def grain(images_u8: Tensor) -> float:
     """Root mean square of differences between neighbouring pixels, over that of any two pixels of an image's channel.
 
     0 for images of one colour, near 0 for smooth ones, 1 for white noise, more for a checkerboard; contrast and
-    brightness do not matter. The second mean is over distinct places drawn with replacement: twice the variance.
+    brightness do not matter. Any two pixels, drawn independently, differ by twice the variance in the mean of squares.
     """
     pixels = images_u8.double()
     steps = (pixels.diff(dim=dim).square().mean() for dim in (2, 3))

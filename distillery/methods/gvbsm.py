@@ -22,7 +22,7 @@ give 63.0 / 80.5 in the repository's issue 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,11 +117,10 @@ def synthesize(
     """
     policy = view_policy(real)
     smallest = curriculum(cfg.iterations, "constant")
-
-    def first() -> Callable[[Group], Tensor]:
-        if cfg.init == "noise":
-            return _recover.noise("gvbsm", seed, real.size)
-        return _recover.given(_selection.random_images("gvbsm", real, _recover.classes_in(part), ipc, seed), teacher)
+    if cfg.init == "real":
+        first = _recover.given(_selection.random_images("gvbsm", real, _recover.classes_in(part), ipc, seed), teacher)
+    else:
+        first = _recover.noise("gvbsm", seed, real.size)
 
     def densified(seen: Seen) -> Tensor:
         classes = seen.views.unflatten(1, (-1, seen.slots))
@@ -133,7 +132,7 @@ def synthesize(
         iterations=cfg.iterations,
         lr=cfg.lr,
         law=ViewLaw(policy.crop, smallest, cfg.flip, cfg.jitter, policy.crop_pad),
-        init=first(),
+        init=first,
         taps=lambda member, _groups: (layer_taps(cfg, member, seed), 1),
         norms=False,
         terms={"data densification": densified} if cfg.nuc_norm else {},
